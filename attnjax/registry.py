@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every name a recipe may use, and where it lives: explicit, lazy, one line each.
+
+Nothing is imported until `resolve` is called, so listing the systems costs nothing. Names are
+looked up in these tables only; a recipe can never name an import path.
+"""
+
+import dataclasses
+import difflib
+import importlib
+from typing import Any
+
+from attnjax.errors import RecipeError
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One published system: its kind (`model`, `method`, `analysis`, `benchmark`) and its home."""
+
+    slug: str
+    kind: str
+    title: str
+    target: str
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the file that holds PAPER and PRESETS."""
+        return self.target.partition(":")[0]
+
+
+SYSTEMS = {
+    system.slug: system
+    for system in (
+        System(
+            "crossvit",
+            "model",
+            "CrossViT: dual-branch vision transformer with cross-attention fusion",
+            "attnjax.models.crossvit:CrossViT",
+        ),
+    )
+}
+
+TASKS = {
+    "classification": "attnjax.tasks.classification:Classification",
+}
+
+SOURCES = {
+    "digits": "attnjax.data.sources:Digits",
+    "tfds": "attnjax.data.sources:TensorFlowDatasets",
+    "image_folder": "attnjax.data.sources:ImageFolder",
+    "information_exchange": "attnjax.data.synthetic:InformationExchange",
+    "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
+    "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
+}
+
+PIPELINES = {
+    "arrays": "attnjax.data.pipelines:Arrays",
+    "image_train": "attnjax.data.pipelines:ImageTrain",
+    "image_eval": "attnjax.data.pipelines:ImageEval",
+}
+
+TABLES = {
+    "model": {slug: system.target for slug, system in SYSTEMS.items() if system.kind == "model"},
+    "task": TASKS,
+    "source": SOURCES,
+    "pipeline": PIPELINES,
+}
+
+
+def nearest(name: str, names) -> str:
+    """Say which known name the user probably meant, and list all of them.
+
+    Args:
+      name: the unknown name.
+      names: the valid choices.
+
+    Returns:
+      A sentence fragment such as "did you mean 'steps'? (known: batch, seed, steps)".
+    """
+    known = sorted(map(str, names))
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    listing = f"(known: {', '.join(known)})" if known else "(none is known)"
+    return f"did you mean {close[0]!r}? {listing}" if close else listing
+
+
+def resolve(table: str, name: str) -> Any:
+    """Import and return the class registered under a name.
+
+    Args:
+      table: one of `TABLES` (`model`, `task`, `source`, `pipeline`).
+      name: a registered name.
+
+    Returns:
+      The registered class.
+
+    Raises:
+      RecipeError: the name is not registered; the message lists the known ones.
+    """
+    entries = TABLES[table]
+    if name not in entries:
+        raise RecipeError(f"unknown {table} {name!r}: {nearest(name, entries)}")
+    module, _, attribute = entries[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def system(slug: str) -> System:
+    """Return the registered system of a slug, or raise RecipeError with the nearest known one."""
+    if slug not in SYSTEMS:
+        raise RecipeError(f"unknown system {slug!r}: {nearest(slug, SYSTEMS)}")
+    return SYSTEMS[slug]
