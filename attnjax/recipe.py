@@ -14,7 +14,7 @@ import inspect
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attnjax import registry
@@ -412,6 +412,51 @@ def load(path_and_variant: str) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{path}: get_config returned {_type(recipe)}, expected a Recipe")
     return copy.deepcopy(recipe)
+
+
+def open_overrides(recipe: Recipe, arguments: Sequence[str]) -> Recipe:
+    """Make constructor arguments that the config leaves out available for overriding.
+
+    Flags can only override what exists, so `--config.model.dtype=bfloat16` needs the model's own
+    default in place first.
+
+    Args:
+      recipe: the recipe as its config file made it; changed in place.
+      arguments: the command line.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      RecipeError: an override names no field and no constructor argument.
+    """
+    for argument in arguments:
+        match = re.match(r"--?config\.([\w.]+)(=|$)", argument)
+        if match:
+            _open_path(recipe, match.group(1).split("."), match.group(1))
+    return recipe
+
+
+def _open_path(node, keys, path):
+    *parents, last = keys
+    for key in parents:
+        known = node if isinstance(node, dict) else vars(node)
+        if key not in known:
+            raise RecipeError(f"{path}: unknown; {registry.nearest(key, known)}")
+        node = known[key]
+    if not isinstance(node, dict):
+        if not hasattr(node, "__dict__") or last not in vars(node):
+            raise RecipeError(f"{path}: unknown; {registry.nearest(last, vars(node))}")
+        return
+    table = parents[-1] if parents else ""
+    if last in node or table not in registry.TABLES or "name" not in node:
+        return
+    parameters = inspect.signature(registry.resolve(table, node["name"])).parameters
+    known = [*parameters, "preset", "weights"] if table == "model" else list(parameters)
+    if last not in known:
+        raise RecipeError(f"{path}: unknown; {registry.nearest(last, known)}")
+    default = parameters[last].default if last in parameters else ""
+    node[last] = "" if default is None or default is inspect.Parameter.empty else default
 
 
 def _require(condition, field, value, expectation):

@@ -1,1 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Devices and processes: the only place that names mesh axes."""
+
+from attnjax.parallel.constrain import constrain
+from attnjax.parallel.mesh import AXES, make_mesh
+from attnjax.parallel.rules import DEFAULT_AXES, batch_sharding, replicated, tree_shardings
+
+__all__ = [
+    "AXES",
+    "DEFAULT_AXES",
+    "batch_sharding",
+    "constrain",
+    "make_mesh",
+    "replicated",
+    "tree_shardings",
+]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up and agreement of the processes of one run."""
+
+import glob
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from attnjax.errors import RecipeError
+
+_CLUSTER_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_MAX_FACTS = 16_384
+
+
+def expects_cluster() -> bool:
+    """Tell from the environment whether this process is one of several (Slurm, MPI, GKE, TPU)."""
+    if any(os.environ.get(name, "1") not in ("", "1") for name in _CLUSTER_COUNTS):
+        return True
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_NUM_SLICES" in os.environ:
+        return True
+    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
+        return True
+    on_tpu = os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+    return on_tpu and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def initialise(coordinator: str = "", process_count: int = 0, process_id: int = -1) -> None:
+    """Join the processes of the run; a no-op for a single process.
+
+    With no arguments the cluster is detected by `jax.distributed` (Slurm, MPI, GKE, TPU pods). Must
+    run before anything touches a device.
+
+    Args:
+      coordinator: "host:port" of process 0; empty to detect.
+      process_count: number of processes, with `coordinator`.
+      process_id: index of this process, with `coordinator`.
+
+    Raises:
+      RecipeError: only some of the three were given.
+    """
+    if coordinator or process_count or process_id >= 0:
+        if not coordinator or process_count < 1 or not 0 <= process_id < process_count:
+            raise RecipeError(
+                f"coordinator={coordinator!r}, process_count={process_count}, "
+                f"process_id={process_id}: give all three, with 0 <= process_id < process_count"
+            )
+        jax.distributed.initialize(coordinator, process_count, process_id)
+    elif expects_cluster():
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            # Raised on a single TPU host or in an interactive Slurm shell: nobody to join.
+            logging.info("running as a single process: %s", error)
+
+
+def gather_facts(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the facts (JSON values) that every process passed, in process order.
+
+    Raises:
+      ValueError: the facts take more than 16 KiB.
+    """
+    text = json.dumps(facts, sort_keys=True).encode()
+    if len(text) > _MAX_FACTS:
+        raise ValueError(f"facts take {len(text)} bytes, at most {_MAX_FACTS} are gathered")
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    padded = np.zeros(_MAX_FACTS, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row).rstrip(b"\0")) for row in np.asarray(rows)]
+
+
+def require_agreement(facts: Mapping[str, Any]) -> None:
+    """Refuse to start when processes disagree on any fact.
+
+    Args:
+      facts: JSON values that must be equal everywhere (recipe digest, versions, data sizes).
+
+    Raises:
+      RecipeError: on every process, with the differing values per process.
+    """
+    rows = gather_facts(facts)
+    lines = []
+    for name in sorted(facts):
+        values = [row.get(name) for row in rows]
+        if any(value != values[0] for value in values):
+            lines.append(f"{name}: " + ", ".join(f"process {i} {v}" for i, v in enumerate(values)))
+    if lines:
+        raise RecipeError("processes disagree: " + "; ".join(lines))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From parameter paths to shardings: path -> logical axes -> mesh axes.
+
+The first pattern found in a path decides; its names are aligned to the last dimensions, so that
+leading axes added by stacking stay whole. Optimiser moments and averages carry the parameter's path
+as a suffix and are sharded alike.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from attnjax.typing import Params
+
+LOGICAL_AXES = {
+    "batch": ("data", "fsdp"),
+    "sequence": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("model",),
+    "mlp": ("model",),
+    "vocab": ("model",),
+}
+"""Logical axis -> mesh axes; a name that is not listed stays whole on every device."""
+
+DEFAULT_AXES = (
+    (r"\b(query|key|value)/kernel$", ("embed", "heads", "head_dim")),
+    (r"\b(query|key|value)/bias$", ("heads", "head_dim")),
+    (r"\bout/kernel$", ("heads", "head_dim", "embed")),
+    (r"\b(up|gate)/kernel$", ("embed", "mlp")),
+    (r"\b(up|gate)/bias$", ("mlp",)),
+    (r"\bdown/kernel$", ("mlp", "embed")),
+    (r"\bhead\w*/kernel$", ("embed", "vocab")),
+    (r"\bhead\w*/bias$", ("vocab",)),
+    (r"\bembedding$", ("vocab", "embed")),
+    (r"\bkernel$", ("embed",)),
+)
+"""Rules for the names that the shared blocks use; a model's PARAM_AXES come before them."""
+
+
+def leaf_path(key_path) -> str:
+    """Return a tree path as "block_0/query/kernel"."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def leaf_spec(path: str, shape: Sequence[int], mesh: Mesh, axes=()) -> tuple[P, list[str]]:
+    """Choose the partition of one array.
+
+    Args:
+      path: slash-separated path of the leaf.
+      shape: its shape.
+      mesh: the device mesh.
+      axes: rules (pattern, logical names) tried before `DEFAULT_AXES`.
+
+    Returns:
+      The partition spec, and one line per dimension that had to stay whole because the mesh axis
+      does not divide it.
+    """
+    for pattern, names in (*axes, *DEFAULT_AXES):
+        if not re.search(pattern, path) or len(names) > len(shape):
+            continue
+        entries, notes = [None] * (len(shape) - len(names)), []
+        for name, size in zip(names, shape[len(shape) - len(names) :], strict=True):
+            target = tuple(a for a in LOGICAL_AXES.get(name, ()) if mesh.shape[a] > 1)
+            ways = math.prod(mesh.shape[a] for a in target)
+            if size % ways:
+                notes.append(f"{path} {tuple(shape)}: {name}={size} not divisible by {ways}")
+                target = ()
+            entries.append(target[0] if len(target) == 1 else target or None)
+        return P(*entries), notes
+    return P(), []
+
+
+def tree_shardings(tree: Params, mesh: Mesh, axes=()) -> tuple[Params, list[str]]:
+    """Choose the sharding of every leaf of a tree of parameters or optimiser state.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`s.
+      mesh: the device mesh.
+      axes: rules tried before `DEFAULT_AXES`.
+
+    Returns:
+      A tree of `NamedSharding`s, and notes about dimensions that fell back to replicated.
+    """
+    notes: list[str] = []
+
+    def choose(key_path, leaf):
+        spec, found = leaf_spec(leaf_path(key_path), leaf.shape, mesh, axes)
+        notes.extend(found)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(choose, tree), notes
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: first axis over `data` and `fsdp`, the rest whole."""
+    return NamedSharding(mesh, P(LOGICAL_AXES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, P())

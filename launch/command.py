@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers share: the `--config` flag and one-line errors with documented exit codes."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from attnjax import recipe as recipe_lib
+from attnjax.errors import FAILED, AttnjaxError, RecipeError
+
+
+def define_config(flag_values=flags.FLAGS):
+    """Define `--config=FILE[:VARIANT]` and its overrides `--config.optim.lr=1e-3`."""
+    return config_flags.DEFINE_config_dataclass(
+        "config",
+        recipe_lib.Recipe(),
+        "Recipe file with an optional variant, such as configs/crossvit/digits.py:none; fields are "
+        "overridden by name, such as --config.optim.lr=1e-3 or --config.mesh.fsdp=4.",
+        flag_values=flag_values,
+        parse_fn=lambda text: recipe_lib.open_overrides(recipe_lib.load(text), sys.argv),
+    )
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parse the flags, run `main`, and exit with the code of its outcome.
+
+    Args:
+      main: takes nothing, returns an exit code or None for 0. Expected failures (`AttnjaxError`)
+        end in one line on stderr and their own exit code; anything else shows its traceback.
+    """
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "2")
+
+    def guarded(_):
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.INFO)
+        try:
+            code = main()
+        except AttnjaxError as error:
+            _fail(str(error), error.exit_code)
+        sys.stdout.flush()
+        _leave(code or 0)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv):
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttnjaxError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyError, AttributeError, ValueError, TypeError, SyntaxError) as error:
+        message = error.args[0] if error.args else error
+        _fail(f"{type(error).__name__} in the command line or config: {message}", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    # A failed peer would block the shutdown barrier of jax.distributed; skip it, as the outcome of
+    # this process is already known and everything it wrote is flushed.
+    jax = sys.modules.get("jax")
+    if code not in (0, RecipeError.exit_code) and jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or FAILED)
+    sys.exit(code)
