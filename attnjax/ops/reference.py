@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Materialised attention in plain XLA: the contract every other implementation is held to.
+
+It serves every argument, is differentiable to any order in both modes, and costs `b * n * t * s`
+numbers of memory. For short sequences it is also the fastest implementation.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.ops.attention import EMPTY_LSE, AttentionOutput, Call
+from attnjax.typing import Array, PRNGKey
+
+
+def attend(call: Call) -> AttentionOutput:
+    """Serve any call.
+
+    Args:
+      call: the checked arguments.
+
+    Returns:
+      An `AttentionOutput` with what the call asks for.
+    """
+    b, n, t, s = call.scores_shape
+    k, wide = call.key.shape[2], call.statistics_dtype
+    query_btkgh = call.query.reshape(b, t, k, n // k, call.query.shape[3])
+    scores_bkgts = jnp.einsum(
+        "btkgh,bskh->bkgts", query_btkgh, call.key, preferred_element_type=wide
+    )
+    scores_bnts = call.scale * scores_bkgts.reshape(b, n, t, s)
+    if call.softcap is not None:
+        scores_bnts = call.softcap * jnp.tanh(scores_bnts / call.softcap)
+    if call.bias is not None:
+        scores_bnts = scores_bnts + call.bias.astype(wide)
+    if call.mask is not None:
+        scores_bnts = jnp.where(call.mask, scores_bnts, -jnp.inf)
+    probabilities_bnts, lse_bnt = NORMALIZERS[call.normalizer](scores_bnts)
+
+    weights_bnts = probabilities_bnts
+    if call.dropout_rate:
+        seed = dropout_seed(call.dropout_key)
+        heads = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, n, 1, 1)
+        queries = jnp.arange(t, dtype=jnp.uint32).reshape(1, 1, t, 1)
+        keys = jnp.arange(s, dtype=jnp.uint32).reshape(1, 1, 1, s)
+        factor_bnts = dropout_factor(seed, call.dropout_rate, heads, queries, keys)
+        weights_bnts = weights_bnts * factor_bnts.astype(wide)
+    out_btkgh = jnp.einsum(
+        "bkgts,bskh->btkgh",
+        weights_bnts.astype(call.value.dtype).reshape(b, k, n // k, t, s),
+        call.value,
+        preferred_element_type=wide,
+    )
+    return AttentionOutput(
+        out=out_btkgh.reshape(b, t, n, -1).astype(call.query.dtype),
+        lse=lse_bnt if call.return_lse else None,
+        probabilities=probabilities_bnts if call.return_probabilities else None,
+    )
+
+
+def softmax(scores_bnts: Array) -> tuple[Array, Array]:
+    """Normalise rows of scores so that rows of nothing but -inf become zero.
+
+    Args:
+      scores_bnts: `[b,n,t,s]`, -inf where a query may not attend.
+
+    Returns:
+      Weights `[b,n,t,s]` and log-sum-exp `[b,n,t]`.
+    """
+    # The maximum cancels in the result, so it needs no gradient; it is kept finite because
+    # (-inf) - (-inf) would poison rows that may attend nothing.
+    top = jax.lax.stop_gradient(jnp.maximum(scores_bnts.max(axis=-1, keepdims=True), EMPTY_LSE))
+    exponential = jnp.exp(scores_bnts - top)
+    total = exponential.sum(axis=-1, keepdims=True)
+    is_empty = total == 0
+    total = jnp.where(is_empty, 1, total)
+    lse = jnp.where(is_empty, EMPTY_LSE, top + jnp.log(total))
+    return exponential / total, lse[..., 0]
+
+
+NORMALIZERS = {"softmax": softmax}
+"""Name -> function of scores `[b,n,t,s]` that gives weights and log-sum-exp."""
+
+
+def dropout_seed(key: PRNGKey) -> Array:
+    """Reduce a key of any generator to the three words `[3]` uint32 that `dropout_factor` mixes."""
+    return jax.random.bits(key, (3,), jnp.uint32)
+
+
+def dropout_factor(seed: Array, rate: float, head: Array, query: Array, key: Array) -> Array:
+    """Return 0 for a dropped weight and `1 / (1 - rate)` for a kept one.
+
+    The decision is a keyed integer hash of the position, not a stream of random numbers: any tile
+    of the weights can be computed alone, in any order, and comes out the same.
+
+    Args:
+      seed: `[3]` uint32 from `dropout_seed`.
+      rate: probability of dropping, in (0, 1).
+      head: uint32, `batch index * n + head index`.
+      query: uint32 position of the query.
+      key: uint32 position of the key; the three broadcast against one another.
+
+    Returns:
+      float32 of the broadcast shape.
+    """
+    bits = _mix(_mix(_mix(head ^ seed[0]) ^ query ^ seed[1]) ^ key ^ seed[2])
+    threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return jnp.where(bits >= threshold, jnp.float32(1 / (1 - rate)), jnp.float32(0))
+
+
+def _mix(word: Array) -> Array:
+    # A bijection of 32-bit words in which every input bit moves every output bit (murmur3's last
+    # step); without it, neighbouring positions would be dropped together.
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
