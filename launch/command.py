@@ -70,3 +70,19 @@ def _leave(code: int) -> None:
         sys.stderr.flush()
         os._exit(code or FAILED)
     sys.exit(code)
+
+
+def start_devices(coordinator: str, process_count: int, process_id: int, cpu_devices: int) -> None:
+    """Set the number of virtual CPU devices, switch on the compilation cache, join the processes.
+
+    Args:
+      coordinator, process_count, process_id: see `attnjax.parallel.process.initialise`.
+      cpu_devices: virtual CPU devices of this process; 0 leaves the default.
+    """
+    import jax
+
+    from attnjax.parallel.process import initialise
+
+    if cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    initialise(coordinator, process_count, process_id)

@@ -3,7 +3,13 @@
 
 from attnjax.parallel.constrain import constrain
 from attnjax.parallel.mesh import AXES, make_mesh
-from attnjax.parallel.rules import DEFAULT_AXES, batch_sharding, replicated, tree_shardings
+from attnjax.parallel.rules import (
+    DEFAULT_AXES,
+    batch_sharding,
+    process_shard,
+    replicated,
+    tree_shardings,
+)
 
 __all__ = [
     "AXES",
@@ -11,6 +17,7 @@ __all__ = [
     "batch_sharding",
     "constrain",
     "make_mesh",
+    "process_shard",
     "replicated",
     "tree_shardings",
 ]

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from attnjax.errors import RecipeError
 from attnjax.typing import Params
 
 LOGICAL_AXES = {
@@ -103,3 +104,35 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a value that every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def process_shard(mesh: Mesh) -> tuple[int, int]:
+    """Tell which share of every batch this process must supply.
+
+    Processes whose devices hold the same rows (they differ along `model` or `context` only) supply
+    the same share.
+
+    Args:
+      mesh: the device mesh, over all processes.
+
+    Returns:
+      (index, count): this process supplies the contiguous rows of block `index` out of `count`.
+
+    Raises:
+      RecipeError: the rows of a process are no contiguous block.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+    rows: dict[int, set[int]] = {}
+    for device, index in batch_sharding(mesh).devices_indices_map((ways,)).items():
+        rows.setdefault(device.process_index, set()).update(range(*index[0].indices(ways)))
+    mine = rows[jax.process_index()]
+    count = ways // len(mine)
+    first = min(mine)
+    aligned = first % len(mine) == 0 and max(mine) - first + 1 == len(mine)
+    if ways % len(mine) or not aligned or any(len(r) != len(mine) for r in rows.values()):
+        raise RecipeError(
+            f"mesh={dict(mesh.shape)}: process {jax.process_index()} would hold the batch rows "
+            f"{sorted(mine)} of {ways}, which are no equal contiguous block; order the axes so that "
+            "data and fsdp vary slowest over processes"
+        )
+    return first // len(mine), count

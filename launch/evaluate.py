@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a run's newest good checkpoint: python -m launch.evaluate --workdir=DIR
+
+Or pretrained weights: python -m launch.evaluate --config=FILE --config.model.weights=X.safetensors
+The last line on stdout is a JSON object of metrics.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from attnjax.errors import NoUsableCheckpoint, RecipeError
+from launch import command
+
+CONFIG = command.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of a training run.")
+AVERAGED = flags.DEFINE_bool("averaged", True, "Use the moving average of parameters if kept.")
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
+
+
+def main() -> None:
+    recipe = CONFIG.value
+    from attnjax.recipe import Recipe
+
+    if not recipe.model:
+        record = pathlib.Path(WORKDIR.value or "") / "recipe.json"
+        if not WORKDIR.value or not record.is_file():
+            raise RecipeError(f"give --config or a --workdir with recipe.json (got {record})")
+        recipe = Recipe.from_json(record.read_text())
+    recipe.validate()
+    if not recipe.evals:
+        raise RecipeError("the recipe has no evals")
+    command.start_devices("", 0, -1, CPU_DEVICES.value)
+    import dataclasses
+
+    import jax
+
+    from attnjax.parallel import make_mesh
+    from attnjax.train.checkpoint import Checkpointer
+    from attnjax.train.evaluate import evaluate, scalars
+    from attnjax.train.program import build
+
+    mesh = make_mesh(dataclasses.asdict(recipe.mesh))
+    program = build(recipe, mesh)
+    with jax.set_mesh(mesh):
+        step = 0
+        if WORKDIR.value:
+            folder = pathlib.Path(WORKDIR.value) / "checkpoints"
+            with Checkpointer(folder, every=1, keep=1_000_000) as checkpointer:
+                restored = checkpointer.restore(program.state)
+            if restored is None:
+                raise NoUsableCheckpoint(f"no checkpoint in {folder}")
+            state, _, _, step = restored
+        else:
+            state = program.init()
+        params = state.averaged if AVERAGED.value else state.params
+        results = {"step": step}
+        for name, evaluation in recipe.evals.items():
+            values = scalars(evaluate(program, params, evaluation))
+            results.update({f"{name}/{key}": value for key, value in values.items()})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    command.run(main)
