@@ -131,8 +131,8 @@ def process_shard(mesh: Mesh) -> tuple[int, int]:
     aligned = first % len(mine) == 0 and max(mine) - first + 1 == len(mine)
     if ways % len(mine) or not aligned or any(len(r) != len(mine) for r in rows.values()):
         raise RecipeError(
-            f"mesh={dict(mesh.shape)}: process {jax.process_index()} would hold the batch rows "
-            f"{sorted(mine)} of {ways}, which are no equal contiguous block; order the axes so that "
-            "data and fsdp vary slowest over processes"
+            f"mesh={dict(mesh.shape)}: process {jax.process_index()} would hold batch rows "
+            f"{sorted(mine)} of {ways}, which are no equal contiguous block; order the axes so "
+            "that data and fsdp vary slowest over processes"
         )
     return first // len(mine), count

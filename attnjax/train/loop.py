@@ -127,6 +127,7 @@ def _run(program: Program, workdir, iterator, start, hang_timeout, on_step) -> R
             pending = None
             while step < recipe.steps:
                 rows = next(iterator)
+                program.task.check(rows)
                 if on_step is not None:
                     on_step(step, rows)
                 profiler.at(step)
@@ -227,9 +228,8 @@ def check_batch(program: Program, rows: Batch, where: str, count: int) -> None:
     Raises:
       RecipeError: names the array and both shapes or types.
     """
+    program.task.check(rows)
     for name, expected in program.batch.items():
-        if name not in rows:
-            raise RecipeError(f"{where}: no array {name!r} in the batch (it has {sorted(rows)})")
         shape = (count, *expected.shape[1:])
         if tuple(rows[name].shape) != shape or rows[name].dtype != expected.dtype:
             raise RecipeError(

@@ -72,11 +72,15 @@ class Program:
         return dataclasses.replace(state, params=params, ema=ema)
 
     def to_device(self, batch: Batch) -> dict[str, Array]:
-        """Turn this process's share of a batch (NumPy) into global sharded arrays."""
+        """Turn this process's share of a batch (NumPy) into global sharded arrays.
+
+        Only what the task reads, and `valid`, travels to the devices.
+        """
         sharding = batch_sharding(self.mesh)
         return {
             name: jax.make_array_from_process_local_data(sharding, value)
             for name, value in batch.items()
+            if name in self.batch or name == "valid"
         }
 
 

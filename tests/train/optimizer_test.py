@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules at their hand-computed corners; which parameters decay."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attnjax.recipe import Optim
+from attnjax.train.optimizer import decayed, make_optimizer, make_schedule
+
+CLOSE = 1e-6  # float32 schedules
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("cosine", {0: 0.1, 5: 0.55, 10: 1.0, 50: 0.55, 90: 0.1, 99: 0.1}),
+        ("linear", {0: 0.1, 10: 1.0, 50: 0.55, 90: 0.1, 99: 0.1}),
+        ("constant", {0: 0.1, 10: 1.0, 50: 1.0, 99: 1.0}),
+    ],
+)
+def test_schedule(decay, expected):
+    optim = Optim(lr=1.0, warmup=10, warmup_lr=0.1, decay=decay, end_lr=0.1, cooldown=10)
+    schedule = make_schedule(optim, 100)
+    for step, value in expected.items():
+        assert float(schedule(step)) == pytest.approx(value, abs=CLOSE)
+
+
+def test_vectors_and_named_tables_do_not_decay():
+    params = {
+        "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+        "position_embedding": jnp.ones((1, 3, 2)),
+    }
+    chosen = decayed(Optim(no_decay=(r"position_embedding",)), params)
+    assert chosen == {"dense": {"kernel": True, "bias": False}, "position_embedding": False}
+    assert decayed(Optim(decay_vectors=True), params)["dense"]["bias"] is True
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+def test_every_rule_decreases_a_quadratic(name):
+    optimizer = make_optimizer(Optim(name=name, lr=0.05, decay="constant", clip=1.0), 50)
+    params = {"w": jnp.full((4, 4), 2.0)}
+    state = optimizer.init(params)
+    for _ in range(50):
+        updates, state = optimizer.update({"w": 2 * params["w"]}, state, params)
+        params = optax.apply_updates(params, updates)
+    assert float(jnp.mean(params["w"] ** 2)) < 2.0
+
+
+def test_decay_is_decoupled():
+    """With zero gradients AdamW shrinks weights by 1 - lr * decay and leaves biases alone."""
+    optim = Optim(lr=0.1, weight_decay=0.5, decay="constant")
+    optimizer = make_optimizer(optim, 10)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    zero = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    after = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(after["kernel"], 0.95, atol=CLOSE)
+    np.testing.assert_array_equal(after["bias"], 1.0)
