@@ -20,6 +20,9 @@ from typing import Any
 from attnjax import registry
 from attnjax.errors import RecipeError
 
+_FLAX_FIELDS = ("name", "parent")
+"""Fields that every Linen module has and no recipe sets."""
+
 
 @dataclasses.dataclass
 class Data:
@@ -332,9 +335,8 @@ def check_arguments(target: Callable, arguments: Mapping[str, Any], where: str, 
     parameters = inspect.signature(target).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    hidden = {"self", "parent", *given}
-    known = [name for name in parameters if name not in hidden]
-    known = [n for n in known if n != "name" or "name" in arguments]
+    known = [name for name in parameters if name not in (*_FLAX_FIELDS, *given)]
+    known += ["name"] if "name" in arguments and "name" in parameters else []
     for name, value in arguments.items():
         if name not in known:
             raise RecipeError(f"{where}.{name}: unknown; {registry.nearest(name, known)}")
@@ -452,7 +454,8 @@ def _open_path(node, keys, path):
     if last in node or table not in registry.TABLES or "name" not in node:
         return
     parameters = inspect.signature(registry.resolve(table, node["name"])).parameters
-    known = [*parameters, "preset", "weights"] if table == "model" else list(parameters)
+    known = [name for name in parameters if name not in _FLAX_FIELDS]
+    known += ["preset", "weights"] if table == "model" else []
     if last not in known:
         raise RecipeError(f"{path}: unknown; {registry.nearest(last, known)}")
     default = parameters[last].default if last in parameters else ""

@@ -48,12 +48,14 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _parse(argv):
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
     except AttnjaxError as error:
         _fail(str(error), error.exit_code)
+    except flags.Error as error:
+        _fail(str(error), RecipeError.exit_code)
     except (KeyError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         message = error.args[0] if error.args else error
-        _fail(f"{type(error).__name__} in the command line or config: {message}", 2)
+        _fail(f"{type(error).__name__} in the command line or config: {message}", RecipeError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

@@ -90,7 +90,8 @@ def build_task(recipe: Recipe) -> Task:
     Raises:
       RecipeError: the model or the task refuses its arguments.
     """
-    model = build_model(recipe.model)
+    fields = {k: v for k, v in recipe.model.items() if k not in ("name", "preset", "weights")}
+    model = build_model(recipe.model["name"], recipe.model.get("preset") or None, **fields)
     options = {name: value for name, value in recipe.task.items() if name != "name"}
     try:
         return registry.resolve("task", recipe.task["name"])(model, **options)
