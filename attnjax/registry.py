@@ -57,6 +57,7 @@ PIPELINES = {
     "arrays": "attnjax.data.pipelines:Arrays",
     "image_train": "attnjax.data.pipelines:ImageTrain",
     "image_eval": "attnjax.data.pipelines:ImageEval",
+    "small_images": "attnjax.data.pipelines:SmallImages",
 }
 
 TABLES = {
