@@ -1,1 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Metrics as mergeable states: sums and counts that add up exactly over batches and hosts."""
+
+from attnjax.metrics.confusion import ConfusionMatrix
+from attnjax.metrics.mean import Accuracy, Mean, TopK
+from attnjax.metrics.state import Metric, compute, merge
+
+__all__ = ["Accuracy", "ConfusionMatrix", "Mean", "Metric", "TopK", "compute", "merge"]

@@ -1,1 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Tasks bind a model, its loss and its metrics to the one contract the trainer knows."""
+
+from attnjax.tasks.classification import Classification
+from attnjax.tasks.task import Task
+
+__all__ = ["Classification", "Task"]
