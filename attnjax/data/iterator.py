@@ -134,26 +134,30 @@ class TrainIterator(Iterator):
         self._workers, self._prefetch = workers, prefetch
         self._next_index = 0
         self._batches = None
+        self._peeked = None
         self._tolerant = getattr(source, "on_error", "raise") == "skip"
         self.skipped = 0
         self.bad_records: set[int] = set()
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._batches is None:
-            made = _TrainBatches(
-                self._source,
-                self._pipeline,
-                self._sequence,
-                self._next_index,
-                self._batch,
-                self._rows,
-            )
-            self._batches = _read_ahead(made, self._workers, self._prefetch)
-        batch = next(self._batches)
-        if self._tolerant:
-            self._count_replaced(batch["index"])
+        batch, self._peeked = self.peek(), None
         self._next_index += self._batch
         return batch
+
+    def peek(self) -> dict[str, np.ndarray]:
+        """Return the next batch and stay where we are: for shape checks before the first step."""
+        if self._peeked is None:
+            if self._batches is None:
+                self._batches = _read_ahead(self._made(), self._workers, self._prefetch)
+            self._peeked = next(self._batches)
+            if self._tolerant:
+                self._count_replaced(self._peeked["index"])
+        return self._peeked
+
+    def _made(self):
+        return _TrainBatches(
+            self._source, self._pipeline, self._sequence, self._next_index, self._batch, self._rows
+        )
 
     def _count_replaced(self, index):
         # Replacements may happen in another process; the order tells here what should have come.
@@ -175,14 +179,16 @@ class TrainIterator(Iterator):
         position = state[_STATE]
         if not isinstance(position, int) or position < 0:
             raise ValueError(f"{_STATE}={position!r}: must be an integer of at least 0")
-        self.close()
-        self._next_index = position
+        if position != self._next_index:  # else what was read ahead is still what comes next
+            self.close()
+            self._next_index = position
 
     def close(self) -> None:
         """Stop threads and worker processes; a later `next` starts them again."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        self._peeked = None
+        _close(self)
+
+    __del__ = close
 
 
 class EvalBatches(Iterator):
@@ -233,9 +239,9 @@ class EvalBatches(Iterator):
 
     def close(self) -> None:
         """Stop threads and worker processes."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        _close(self)
+
+    __del__ = close
 
 
 class _TrainBatches:
@@ -330,6 +336,13 @@ def _read_ahead(made, workers, prefetch):
     inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(inline).mp_prefetch(options))
+
+
+def _close(iterator):
+    # Also runs for an iterator whose construction failed.
+    batches, iterator._batches = getattr(iterator, "_batches", None), None
+    if batches is not None:
+        batches.close()
 
 
 def _block(rows, process_index, process_count):
