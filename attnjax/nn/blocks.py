@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-norm transformer encoder block and its parts."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attnjax.nn.attention import MultiHeadAttention
+from attnjax.nn.initializers import LINEAR
+from attnjax.nn.norm import LayerNorm
+from attnjax.parallel.constrain import constrain
+from attnjax.typing import Array, PRNGKey
+
+
+def gelu(x: Array) -> Array:
+    """Return the exact GELU, x Phi(x), of `x` of any shape."""
+    # jax.nn.gelu goes through erfc, which costs twice as much on CPU.
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def drop_path(key: PRNGKey, x: Array, rate: float) -> Array:
+    """Zero whole examples of a residual branch and rescale the others (stochastic depth).
+
+    Args:
+      key: typed random key.
+      x: `[b, ...]`.
+      rate: probability of dropping an example, below 1.
+
+    Returns:
+      `x * keep / (1 - rate)` with one Bernoulli draw per example.
+    """
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear, back to the input's width.
+
+    Attributes:
+      hidden: width f in the middle.
+      dropout: rate after each linear map while training.
+      dtype: compute dtype.
+    """
+
+    hidden: int
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Map `x [b, t, d]` to `[b, t, d]`."""
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        up = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=LINEAR, name="up")
+        down = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=LINEAR, name="down")
+        hidden_btf = constrain(up(x), "batch", "sequence", "mlp")
+        return drop(down(drop(gelu(hidden_btf))))
+
+
+class EncoderBlock(nn.Module):
+    """x <- x + attention(norm(x)); x <- x + mlp(norm(x)).
+
+    Attributes:
+      num_heads: attention heads.
+      hidden: hidden width of the MLP.
+      dropout: rate on probabilities and after linear maps while training.
+      drop_path: rate of dropping each residual branch per example while training.
+      epsilon: of the norms.
+      dtype: compute dtype.
+      implementation: passed to `ops.attention`.
+    """
+
+    num_heads: int
+    hidden: int
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    epsilon: float = 1e-6
+    dtype: str = "float32"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Map `x [b, t, d]` to `[b, t, d]`; `train` is positional for `nn.remat`."""
+        attend = MultiHeadAttention(
+            self.num_heads,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            implementation=self.implementation,
+            name="attention",
+        )
+        mlp = Mlp(self.hidden, self.dropout, self.dtype, name="mlp")
+        normal_btd = LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
+        branch_btd = attend(normal_btd, train=train)
+        branch_btd = nn.Dropout(self.dropout, deterministic=not train)(branch_btd)
+        x = constrain(x + self._drop_path(branch_btd, train), "batch", "sequence", None)
+        normal_btd = LayerNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
+        branch_btd = mlp(normal_btd, train=train)
+        return constrain(x + self._drop_path(branch_btd, train), "batch", "sequence", None)
+
+    def _drop_path(self, branch_btd, train):
+        if not (train and self.drop_path):
+            return branch_btd
+        return drop_path(self.make_rng("dropout"), branch_btd, self.drop_path)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initial values that follow the papers' reference code."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.typing import Array, PRNGKey
+
+# The references truncate at the absolute values -2 and 2, a hundred deviations away: no truncation.
+LINEAR = jax.nn.initializers.normal(0.02)
+TABLE = jax.nn.initializers.normal(0.02)
+
+
+def fan_in_uniform(fan_in: int):
+    """Return an initialiser uniform in +-1/sqrt(fan_in), the convolution default of PyTorch.
+
+    Args:
+      fan_in: inputs that one output sums over.
+
+    Returns:
+      An initialiser `(key, shape, dtype) -> Array`.
+    """
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: PRNGKey, shape: Sequence[int], dtype=jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def orthogonal_features(key: PRNGKey, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    """Draw m orthogonal rows of length sqrt(m), for positive random features.
+
+    Args:
+      key: typed random key.
+      shape: (m, h) with m <= h.
+      dtype: of the result.
+
+    Returns:
+      `[m, h]` with rows orthogonal to each other.
+    """
+    return jax.nn.initializers.orthogonal(math.sqrt(shape[0]))(key, shape, dtype)

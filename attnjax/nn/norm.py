@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisation with statistics in float32 whatever the compute dtype."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attnjax.typing import Array
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last axis to mean 0 and variance 1, then scale and shift.
+
+    y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: of the output.
+    """
+
+    epsilon: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise `x [..., d]`; returns the same shape in `dtype`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normal * scale + bias).astype(self.dtype)
