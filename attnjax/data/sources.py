@@ -87,8 +87,8 @@ class TensorFlowDatasets:
                 f"tfds.builder({dataset!r}, data_dir={folder!r}, file_format='array_record')"
                 ".download_and_prepare()"
             ) from error
-        features = builder.info.features
-        self.num_classes = getattr(features.get("label"), "num_classes", None)
+        label = dict(builder.info.features.items()).get("label")
+        self.num_classes = getattr(label, "num_classes", None)
         self._where = f"{builder.info.full_name} {split} in {folder}"
 
     def __len__(self) -> int:
