@@ -200,8 +200,10 @@ def test_worker_processes_make_the_same_batches_as_threads():
 
 @pytest.mark.parametrize(("batch", "count"), [(10, 4), (8, 3)])
 def test_an_indivisible_batch_is_refused(batch, count):
-    for make in (lambda: iterator.train_iterator(DIGITS, 0, batch, 0, count),
-                 lambda: iterator.eval_batches(DIGITS, batch, 0, count)):  # fmt: skip
+    for make in (
+        lambda: iterator.train_iterator(DIGITS, 0, batch, 0, count),
+        lambda: iterator.eval_batches(DIGITS, batch, 0, count),
+    ):
         with pytest.raises(RecipeError, match=f"batch={batch}"):
             make()
 
@@ -248,8 +250,9 @@ def test_evaluation_sees_every_example_once(size, batch, count):
         assert whole["index"].shape == (batch,) and whole["valid"].dtype == bool
         assert np.all(whole["index"][~whole["valid"]] == -1)
         assert np.all(whole["value"][~whole["valid"]] == 0)
-        np.testing.assert_array_equal(whole["value"][whole["valid"]],
-                                      whole["index"][whole["valid"]])  # fmt: skip
+        np.testing.assert_array_equal(
+            whole["value"][whole["valid"]], whole["index"][whole["valid"]]
+        )
         rows += whole["index"][whole["valid"]].tolist()
     assert rows == list(range(size))
 

@@ -24,8 +24,9 @@ def test_digits_split_is_stratified_disjoint_and_fixed():
     train, test = sources.Digits("train"), sources.Digits("test")
     assert (len(train), len(test)) == (1437, 360)
     assert sorted([*train.ids, *test.ids]) == list(range(1797))
-    shares = [np.bincount([int(s[i]["label"]) for i in range(len(s))]) / len(s)
-              for s in (train, test)]  # fmt: skip
+    shares = [
+        np.bincount([int(s[i]["label"]) for i in range(len(s))]) / len(s) for s in (train, test)
+    ]
     np.testing.assert_allclose(*shares, atol=0.003)
     np.testing.assert_array_equal(test.ids, sources.Digits("test").ids)
     assert not np.array_equal(test.ids, sources.Digits("test", seed=1).ids)
@@ -199,10 +200,13 @@ def test_unprepared_tfds_says_how_to_prepare(tmp_path, prepared, split):
     assert "\n" not in message and str(folder) in message and "attnjax_stripes" in message
 
 
-@pytest.mark.parametrize("make", [
-    lambda: sources.ImageFolder("nowhere", on_error="ignore"),
-    lambda: sources.TensorFlowDatasets("mnist", on_error="skipp"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sources.ImageFolder("nowhere", on_error="ignore"),
+        lambda: sources.TensorFlowDatasets("mnist", on_error="skipp"),
+    ],
+)
 def test_on_error_takes_two_values(make):
     with pytest.raises(RecipeError, match="raise, skip"):
         make()
