@@ -78,14 +78,24 @@ class TensorFlowDatasets:
         folder = os.path.expanduser(os.path.expandvars(folder))
         try:
             builder = tfds.builder(dataset, data_dir=folder)
+        except Exception as error:
+            raise RecipeError(
+                f"source.dataset={dataset!r}: TensorFlow Datasets knows no such data set "
+                f"({type(error).__name__}), and none of that name is prepared in {folder}"
+            ) from error
+        present = list(builder.info.splits)
+        try:
             self._records = builder.as_data_source(split=split)
         except Exception as error:
-            reason = " ".join(str(error).split())[:160]
+            if present and split.partition("[")[0] not in present:
+                raise RecipeError(
+                    f"source.split={split!r}: {dataset} in {folder} has no such split; "
+                    f"{registry.nearest(split, present)}"
+                ) from error
             raise RecipeError(
-                f"source.dataset={dataset!r}, split {split!r}: no array_record files of it in "
-                f"{folder} ({type(error).__name__}: {reason}); prepare it once with "
-                f"tfds.builder({dataset!r}, data_dir={folder!r}, file_format='array_record')"
-                ".download_and_prepare()"
+                f"source.dataset={dataset!r}: no array_record files of it in {folder} "
+                f"({type(error).__name__}); prepare it once with tfds.builder({dataset!r}, "
+                f"data_dir={folder!r}, file_format='array_record').download_and_prepare()"
             ) from error
         label = dict(builder.info.features.items()).get("label")
         self.num_classes = getattr(label, "num_classes", None)

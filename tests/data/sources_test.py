@@ -191,13 +191,18 @@ def test_prepared_tfds_in_batches_with_and_without_workers(prepared):
     assert sorted(np.concatenate([b["index"] for b in batches[0]])) == list(range(20))
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_unprepared_tfds_says_how_to_prepare(tmp_path, prepared, split):
-    folder = tmp_path if split == "train" else prepared
-    with pytest.raises(RecipeError, match="download_and_prepare") as caught:
-        sources.TensorFlowDatasets("attnjax_stripes", split, str(folder))
-    message = str(caught.value)
-    assert "\n" not in message and str(folder) in message and "attnjax_stripes" in message
+@pytest.mark.parametrize(
+    ("dataset", "split", "message"),
+    [
+        ("mnist", "train", r"no array_record files of it in .*file_format='array_record'\).downl"),
+        ("attnjax_stripes", "validation", r"has no such split; \(known: test, train\)"),
+        ("attnjax_strips", "train", "knows no such data set"),
+    ],
+)
+def test_what_is_not_prepared_is_one_clear_line(prepared, dataset, split, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        sources.TensorFlowDatasets(dataset, split, str(prepared))
+    assert "\n" not in str(caught.value) and str(prepared) in str(caught.value)
 
 
 @pytest.mark.parametrize(
