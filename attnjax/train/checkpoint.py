@@ -7,6 +7,7 @@ metrics and the integrity sums of everything. Restoring walks from the newest co
 downwards until one passes every check.
 """
 
+import logging
 import os
 import pathlib
 import shutil
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -34,6 +34,7 @@ _LISTED = 10
 """Differing paths shown in one message; more hide the reason rather than show it."""
 
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -58,7 +59,7 @@ class Checkpointer:
         every: int,
         keep: int,
         best: str = "",
-        on_message: Callable[[str], None] = logging.info,
+        on_message: Callable[[str], None] = _log.info,
     ):
         self.directory = pathlib.Path(directory).absolute()
         self.every = every
@@ -272,7 +273,7 @@ def restore_params(
             if problem is None:
                 return state[prefix], candidate
         problems.append(f"step {candidate}: {problem}")
-        logging.warning("%s is damaged: %s", folder, problem)
+        _log.warning("%s is damaged: %s", folder, problem)
     what = "checkpoint" if step is None else f"step {step}"
     reasons = f": {'; '.join(problems)}" if problems else ""
     raise NoUsableCheckpoint(f"no usable {what} in {directory}{reasons}")
@@ -296,7 +297,7 @@ class _Retention:
             try:
                 self.observe(step, _read_run(directory / str(step), step)["metrics"])
             except Damaged as error:
-                logging.warning("%s: %s", directory / str(step), error)
+                _log.warning("%s: %s", directory / str(step), error)
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context

@@ -162,6 +162,7 @@ class Watchdog:
 
     def __init__(self, timeout: float):
         self._timeout = timeout
+        self._interval = min(timeout / 4, 5.0)
         self._last = time.monotonic()
         self._paused = 0
         self._done = threading.Event()
@@ -172,6 +173,7 @@ class Watchdog:
         if self._timeout > 0:
             self._process = f"process {jax.process_index()} of {jax.process_count()}"
             self.beat()
+            self._arm()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -197,13 +199,15 @@ class Watchdog:
             self.beat()
 
     def _watch(self) -> None:
-        interval = min(self._timeout / 4, 5.0)
-        while not self._done.wait(interval):
-            # Should a thread hold the interpreter lock, this one cannot run, but the C timer can.
-            faulthandler.dump_traceback_later(self._timeout + 2 * interval, exit=True)
+        while not self._done.wait(self._interval):
+            self._arm()
             silent = time.monotonic() - self._last
             if silent > self._timeout and not self._paused:
                 self._end(silent)
+
+    def _arm(self) -> None:
+        # Should a thread hold the interpreter lock, ours cannot run, but the timer in C can.
+        faulthandler.dump_traceback_later(self._timeout + 2 * self._interval, exit=True)
 
     def _end(self, silent: float) -> None:
         print(
