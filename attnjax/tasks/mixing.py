@@ -97,16 +97,15 @@ def mix(
     if mixup <= 0 and cutmix <= 0:
         return images, targets
     height, width = images.shape[1:3]
-    mixup_key, cutmix_key, box_key, switch_key, apply_key = jax.random.split(key, 5)
-    choices = []
-    if mixup > 0:
-        share = jax.random.beta(mixup_key, mixup, mixup, dtype=jnp.float32)
-        choices.append(jnp.broadcast_to(share, (height, width)))
-    if cutmix > 0:
-        share = jax.random.beta(cutmix_key, cutmix, cutmix, dtype=jnp.float32)
-        choices.append(1.0 - cut_box(box_key, height, width, share).astype(jnp.float32))
-    own = choices[-1]
-    if len(choices) == 2:
-        own = jnp.where(jax.random.bernoulli(switch_key, switch_probability), own, choices[0])
+    share_key, box_key, switch_key, apply_key = jax.random.split(key, 4)
+    if mixup > 0 and cutmix > 0:
+        cuts = jax.random.bernoulli(switch_key, switch_probability)
+    else:
+        cuts = jnp.asarray(cutmix > 0)
+    # One draw for either: the rejection sampler behind Beta is slow to compile.
+    strength = jnp.where(cuts, cutmix, mixup)
+    share = jax.random.beta(share_key, strength, strength, dtype=jnp.float32)
+    kept = 1.0 - cut_box(box_key, height, width, share).astype(jnp.float32)
+    own = jnp.where(cuts, kept, share)
     own = jnp.where(jax.random.bernoulli(apply_key, probability), own, jnp.ones_like(own))
     return blend(images, targets, own)
