@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the launchers share: the `--config` flag and one-line errors with documented exit codes."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from attnjax import recipe as recipe_lib
@@ -34,8 +36,7 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "2")
 
     def guarded(_):
-        logging.use_absl_handler()
-        logging.set_verbosity(logging.INFO)
+        _start_logging()
         try:
             code = main()
         except AttnjaxError as error:
@@ -44,6 +45,17 @@ def run(main: Callable[[], int | None]) -> None:
         _leave(code or 0)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _start_logging() -> None:
+    # Libraries that log through absl keep to warnings; our own lines are the ones to read.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("attnjax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _parse(argv):
@@ -55,7 +67,10 @@ def _parse(argv):
         _fail(str(error), RecipeError.exit_code)
     except (KeyError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         message = error.args[0] if error.args else error
-        _fail(f"{type(error).__name__} in the command line or config: {message}", RecipeError.exit_code)
+        _fail(
+            f"{type(error).__name__} in the command line or config: {message}",
+            RecipeError.exit_code,
+        )
 
 
 def _fail(message: str, code: int) -> None:

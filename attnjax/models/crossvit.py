@@ -26,7 +26,8 @@ from attnjax.nn.vision import BANDS, band_filter, interpolate_positions
 from attnjax.ops.sample import bicubic_resize
 from attnjax.parallel.constrain import constrain
 from attnjax.registry import nearest
-from attnjax.typing import Array, Params
+from attnjax.typing import Array
+from attnjax.weights.names import conv, linear, norm, output, projections, rule
 
 PAPER = {
     "title": "CrossViT: Cross-Attention Multi-Scale Vision Transformer for Image Classification",
@@ -143,7 +144,7 @@ class Fusion(nn.Module):
       kind: one of `FUSIONS`.
       dims: widths of the branches.
       num_heads: heads of the branches.
-      depth: cross-attention blocks in sequence.
+      depth: cross-attention blocks in sequence; 0 means one, named like the reference's.
       is_last: nobody reads the patches any more.
       dropout: rate while training.
       drop_path: rate while training.
@@ -154,7 +155,7 @@ class Fusion(nn.Module):
     kind: str
     dims: tuple
     num_heads: tuple
-    depth: int = 1
+    depth: int = 0
     is_last: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -176,10 +177,10 @@ class Fusion(nn.Module):
             other = 1 - i
             cls_btd = Bridge(self.dims[other], self.dtype, name=f"project_{name}")(tokens[i][:, :1])
             patches_btd = tokens[other][:, 1:]
-            for step in range(self.depth):
+            for step in range(max(1, self.depth)):
                 block = CrossAttention(
                     self.num_heads[other], self.dropout, self.drop_path, self.dtype,
-                    name=f"cross_{name}_{step}",
+                    name=f"cross_{name}_{step}" if self.depth else f"cross_{name}",
                 )  # fmt: skip
                 cls_btd = block(cls_btd, patches_btd, train)
                 if self.kind == "cross":
@@ -380,7 +381,7 @@ class CrossViT(nn.Module):
                     )(tokens[slot], train)  # fmt: skip
             if self.fusion not in ("none", *BRANCHES):
                 fuse = Fusion(
-                    self.fusion, self.dims, self.num_heads, max(1, self.depth[stage][2]),
+                    self.fusion, self.dims, self.num_heads, self.depth[stage][2],
                     stage == len(self.depth) - 1, self.dropout, rates[-1], self.dtype,
                     self.attention_implementation, name=f"fusion_{stage}",
                 )  # fmt: skip
@@ -478,7 +479,8 @@ class CrossViT(nn.Module):
         if self.fusion in ("cross", "cross_keep"):
             last = captured[f"fusion_{len(self.depth) - 1}"]
             for i, name in enumerate(BRANCHES):
-                block = last[f"cross_{name}_0"]["attention"]
+                first = f"cross_{name}_0" if self.depth[-1][2] else f"cross_{name}"
+                block = last[first]["attention"]
                 title = f"{name} class token, {BRANCHES[1 - i]} patches"
                 maps[title] = self._map(block["probabilities"][0], 1 - i)
         return maps
@@ -540,18 +542,88 @@ def _fusion_multiply_adds(kind, dims, sizes, heads, depth):
     return 2 * both + (patches if kind == "pairwise" else 0)
 
 
-def resize_positions(params: Params, model: CrossViT) -> Params:
-    """Fit the position tables of a model trained at another image size.
+def fit_parameter(path: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """Fit a position table of another image size, bicubically; leave anything else alone.
 
     Args:
-      params: parameters of the same architecture, image size apart.
-      model: the model that will use them.
+      path: of the parameter.
+      array: its value for the other size.
+      shape: the shape this model wants.
 
     Returns:
-      The parameters with bicubically interpolated tables (class token untouched).
+      The interpolated table (class token untouched), or the array as it is.
     """
-    fitted = dict(params)
-    for i in model.branches:
-        name = f"positions_{BRANCHES[i]}"
-        fitted[name] = interpolate_positions(params[name], (model.grids[i],) * 2)
-    return fitted
+    side = math.isqrt(shape[1] - 1) if len(shape) == 3 else 0
+    wanted = array.ndim == 3 and array.shape[::2] == tuple(shape)[::2] and side**2 == shape[1] - 1
+    if not (path.startswith("positions_") and wanted):
+        return array
+    return interpolate_positions(jnp.asarray(array, jnp.float32), (side, side))
+
+
+def _stem_names(name, stem):
+    for i in range(3):
+        yield conv(f"{name}/conv_{i}", f"{stem}.proj.{2 * i}")
+    yield conv(name, f"{stem}.proj")
+    yield linear(f"{name}/projection", f"{stem}.project")
+
+
+def _token_names(name, stem, kind):
+    for i in (0, 1):
+        ours, theirs = f"{name}/token_{i}", f"{stem}.attention{i + 1}"
+        yield norm(f"{ours}/attention_norm", f"{theirs}.norm1")
+        yield norm(f"{ours}/mlp_norm", f"{theirs}.norm2")
+        if kind == "performer":
+            yield (rule(f"{ours}/random_projection", f"{theirs}.w"),)
+            yield projections(f"{ours}/attention", f"{theirs}.kqv", ("key", "query", "value"))
+            yield output(f"{ours}/attention/out", f"{theirs}.proj")
+            yield linear(f"{ours}/mlp/up", f"{theirs}.mlp.0")
+            yield linear(f"{ours}/mlp/down", f"{theirs}.mlp.2")
+        else:
+            yield projections(
+                f"{ours}/attention", f"{theirs}.attn.qkv", ("query", "key", "value"), bias=False
+            )
+            yield output(f"{ours}/attention/out", f"{theirs}.attn.proj")
+            yield linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1")
+            yield linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2")
+
+
+def _branch_names(i, positions, cls, kind):
+    name = BRANCHES[i]
+    yield (rule(f"positions_{name}", positions.format(i)), rule(f"cls_{name}", cls.format(i)))
+    yield from _stem_names(f"stem_{name}", f"patch_embed.{i}")
+    yield from _token_names(f"stem_{name}", f"patch_embed.{i}", kind)
+    ours, theirs = f"{name}_{{}}_{{}}", f"blocks.{{}}.blocks.{i}.{{}}"
+    yield norm(f"{ours}/attention_norm", f"{theirs}.norm1")
+    yield projections(f"{ours}/attention", f"{theirs}.attn.qkv", ("query", "key", "value"))
+    yield output(f"{ours}/attention/out", f"{theirs}.attn.proj")
+    yield norm(f"{ours}/mlp_norm", f"{theirs}.norm2")
+    yield linear(f"{ours}/mlp/up", f"{theirs}.mlp.fc1")
+    yield linear(f"{ours}/mlp/down", f"{theirs}.mlp.fc2")
+    for bridge, other in (("project", "projs"), ("revert", "revert_projs")):
+        yield norm(f"fusion_{{}}/{bridge}_{name}/norm", f"blocks.{{}}.{other}.{i}.0")
+        yield linear(f"fusion_{{}}/{bridge}_{name}/linear", f"blocks.{{}}.{other}.{i}.2")
+    # Stacked cross-attention blocks carry one more number, in both layouts.
+    for ours, theirs in (("", ""), ("_{}", ".{}")):
+        ours, theirs = f"fusion_{{}}/cross_{name}{ours}", f"blocks.{{}}.fusion.{i}{theirs}"
+        yield norm(f"{ours}/norm", f"{theirs}.norm1")
+        for part, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+            yield projections(f"{ours}/attention", f"{theirs}.attn.w{letter}", (part,))
+        yield output(f"{ours}/attention/out", f"{theirs}.attn.proj")
+    yield norm(f"norm_{name}", f"norm.{i}")
+    yield linear(f"head_{name}", f"head.{i}")
+
+
+def _names(positions, cls, kind="t2t"):
+    groups = [g for i in (0, 1) for g in _branch_names(i, positions, cls, kind)]
+    return tuple(line for group in groups for line in group)
+
+
+TORCH_NAMES = {
+    "timm": _names("pos_embed_{}", "cls_token_{}"),
+    "ibm": _names("pos_embed.{}", "cls_token.{}"),
+    "ibm_performer": _names("pos_embed.{}", "cls_token.{}", "performer"),
+}
+"""Layout -> name table. The ablations' fusions exist in no published layout."""
+
+FROZEN = (r"/random_projection$",)
+"""Patterns (`re.search`) of parameters that are not trained and must not decay."""

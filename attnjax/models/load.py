@@ -2,6 +2,7 @@
 """Models by name: slug, preset, overrides, and published weights."""
 
 import importlib
+import sys
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from attnjax import registry
 from attnjax.errors import RecipeError
 from attnjax.recipe import check_arguments
 from attnjax.typing import Params
+from attnjax.weights import flatten, import_params, read
 
 
 def build(slug: str, preset: str | None = None, **overrides: Any) -> Any:
@@ -40,7 +42,12 @@ def build(slug: str, preset: str | None = None, **overrides: Any) -> Any:
 
 
 def load(
-    slug: str, preset: str | None = None, weights: str | None = None, **overrides: Any
+    slug: str,
+    preset: str | None = None,
+    weights: str | None = None,
+    *,
+    resize_positions: bool = False,
+    **overrides: Any,
 ) -> tuple[Any, Params]:
     """Construct a model and its parameters.
 
@@ -49,6 +56,7 @@ def load(
       preset: a key of its PRESETS; None takes the module's defaults.
       weights: safetensors file in this library's or a published layout; None draws initial values
         from key 0.
+      resize_positions: fit position tables of another image size to this model's, bicubically.
       **overrides: fields of the module, such as `num_classes=10`.
 
     Returns:
@@ -58,15 +66,37 @@ def load(
       RecipeError: unknown name, or weights that do not fit (nothing is half-loaded).
     """
     model = build(slug, preset, **overrides)
-    inputs = model.example(1)
+    if weights is None:
+        # Draws parameters without running the model, one small compilation per shape.
+        return model, model.lazy_init(jax.random.key(0), **model.example(1))["params"]
+    return model, load_params(model, weights, resize_positions=resize_positions)
 
-    def init(key):
-        arrays = {name: jnp.zeros(x.shape, x.dtype) for name, x in inputs.items()}
-        return model.init(key, **arrays)["params"]
 
-    if weights is not None:
-        raise NotImplementedError("weights")
-    return model, jax.jit(init)(jax.random.key(0))
+def load_params(model: Any, weights: str, *, resize_positions: bool = False) -> Params:
+    """Read the parameters of a model from a file.
+
+    Args:
+      model: the module, of a class whose file defines TORCH_NAMES.
+      weights: safetensors file in this library's or one of those layouts.
+      resize_positions: as in `load`.
+
+    Returns:
+      The parameters (float32).
+
+    Raises:
+      RecipeError: the file is refused or does not fit; the message lists every difference.
+    """
+    home = sys.modules[type(model).__module__]
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
+    tensors, _ = read(weights)
+    fit = home.fit_parameter if resize_positions else None
+    params = import_params(tensors, shapes, home.TORCH_NAMES, source=str(weights), fit=fit)
+    return jax.tree.map(jnp.asarray, params)
+
+
+def abstract_params(model: Any) -> Params:
+    """Return shapes and dtypes of a model's parameters without allocating any."""
+    return jax.eval_shape(lambda: model.lazy_init(jax.random.key(0), **model.example(1)))["params"]
 
 
 def _hashable(value):

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 
 from attnjax.nn.attention import MultiHeadAttention
 from attnjax.nn.blocks import Mlp
-from attnjax.nn.initializers import LINEAR, fan_in_uniform, orthogonal_features
+from attnjax.nn.initializers import LINEAR, fan_in_uniform
 from attnjax.nn.norm import LayerNorm
 from attnjax.nn.vision import extract_patches
+from attnjax.ops import AttentionOutput
+from attnjax.ops.linear import linear_attention, orthogonal_projection, positive_features
 from attnjax.typing import Array
 
 CONV_STEMS = {12: ((7, 4, 3), (3, 3, 0), (3, 1, 1)), 16: ((7, 4, 3), (3, 2, 1), (3, 2, 1))}
@@ -114,6 +116,9 @@ class ConvStem(nn.Module):
 class TokenTransformer(nn.Module):
     """Attention whose skip path is its own values, then a residual MLP of ratio 1.
 
+    The random projection of the "performer" kind is a parameter, so that it travels with the
+    weights, but it is never trained.
+
     Attributes:
       features: width after attention.
       kind: "t2t" (softmax) or "performer" (positive random features).
@@ -132,8 +137,8 @@ class TokenTransformer(nn.Module):
         attend = None
         if self.kind == "performer":
             shape = (self.features // 2, self.features)
-            directions = self.param("directions", orthogonal_features, shape, jnp.float32)
-            attend = functools.partial(_linear_attention, jax.lax.stop_gradient(directions))
+            projection = self.param("random_projection", orthogonal_projection, *shape)
+            attend = functools.partial(_linear_attention, jax.lax.stop_gradient(projection))
         attention = MultiHeadAttention(
             num_heads=1,
             head_dim=self.features,
@@ -181,7 +186,11 @@ class TokensToToken(nn.Module):
         )
 
 
-def _linear_attention(directions_mh, query_btnh, key_bsnh, value_bsnh):
-    from attnjax.ops.linear import positive_feature_attention
-
-    return positive_feature_attention(query_btnh, key_bsnh, value_bsnh, directions_mh)
+def _linear_attention(projection, query, key, value, return_probabilities=False):
+    out_btnh = linear_attention(query, key, value, projection)
+    if not return_probabilities:
+        return out_btnh
+    query_btnm, key_bsnm = (positive_features(x, projection) for x in (query, key))
+    weights_bnts = jnp.einsum("btnm,bsnm->bnts", query_btnm, key_bsnm)
+    total_bnt1 = weights_bnts.sum(axis=-1, keepdims=True)
+    return AttentionOutput(out=out_btnh, probabilities=weights_bnts / total_bnt1)

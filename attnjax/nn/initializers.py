@@ -29,17 +29,3 @@ def fan_in_uniform(fan_in: int):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
-
-
-def orthogonal_features(key: PRNGKey, shape: Sequence[int], dtype=jnp.float32) -> Array:
-    """Draw m orthogonal rows of length sqrt(m), for positive random features.
-
-    Args:
-      key: typed random key.
-      shape: (m, h) with m <= h.
-      dtype: of the result.
-
-    Returns:
-      `[m, h]` with rows orthogonal to each other.
-    """
-    return jax.nn.initializers.orthogonal(math.sqrt(shape[0]))(key, shape, dtype)

@@ -3,16 +3,18 @@
 
 import glob
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
 from attnjax.errors import RecipeError
+
+_log = logging.getLogger(__name__)
 
 _CLUSTER_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _MAX_FACTS = 16_384
@@ -56,7 +58,7 @@ def initialise(coordinator: str = "", process_count: int = 0, process_id: int = 
             jax.distributed.initialize()
         except ValueError as error:
             # Raised on a single TPU host or in an interactive Slurm shell: nobody to join.
-            logging.info("running as a single process: %s", error)
+            _log.info("running as a single process: %s", error)
 
 
 def gather_facts(facts: Mapping[str, Any]) -> list[dict[str, Any]]:

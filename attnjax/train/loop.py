@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 import time
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 import attnjax
 from attnjax.data.iterator import eval_batches, train_iterator
@@ -25,6 +25,8 @@ from attnjax.train.guards import BadStepGuard, StopRequest, Watchdog
 from attnjax.train.program import Program, build, sharding_table
 from attnjax.train.state import TrainState
 from attnjax.typing import Batch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +112,10 @@ def _run(program: Program, workdir, iterator, start, hang_timeout, on_step) -> R
     else:
         state, data_state, _, step = restored
         iterator.set_state(data_state)
-        logging.info("continuing from step %d", step)
+        _log.info("continuing from step %d", step)
     for note in program.fallbacks:
-        logging.info("replicated: %s", note)
-    logging.info("%s parameters, mesh %s", f"{program.parameter_count:,}", dict(program.mesh.shape))
+        _log.info("replicated: %s", note)
+    _log.info("%s parameters, mesh %s", f"{program.parameter_count:,}", dict(program.mesh.shape))
 
     writer = report.MetricsWriter(workdir, step, recipe.report.tensorboard)
     progress = report.Progress(
@@ -186,7 +188,7 @@ def _run(program: Program, workdir, iterator, start, hang_timeout, on_step) -> R
         explanation = _explain(program, state)
         if jax.process_index() == 0:
             path = report.final_report(workdir, recipe.to_dict(), finals, explanation, seconds)
-            logging.info("report: %s", path)
+            _log.info("report: %s", path)
     return RunResult(step, scalars(finals), state, seconds)
 
 
@@ -214,8 +216,7 @@ def open_data(program: Program):
         check_batch(program, rows, f"evals.{name}", batch // shard[1])
     iterator = train_iterator(recipe.data, recipe.seed, recipe.batch, *shard)
     try:
-        check_batch(program, next(iterator), "data", recipe.batch // shard[1])
-        iterator.set_state({"global_next_index": 0})
+        check_batch(program, iterator.peek(), "data", recipe.batch // shard[1])
     except BaseException:
         iterator.close()
         raise

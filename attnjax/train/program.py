@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from attnjax import registry
 from attnjax.errors import RecipeError
 from attnjax.models.load import build as build_model
-from attnjax.models.load import load_weights
 from attnjax.parallel import batch_sharding, replicated, tree_shardings
 from attnjax.recipe import Recipe
 from attnjax.tasks.task import Task
@@ -59,10 +58,16 @@ class Program:
           RecipeError: the weights do not fit the model.
         """
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        init = jax.jit(make_init(self.task, self.recipe), out_shardings=shardings)
+        # Drawing initial values runs once: on CPU, compiling it well takes longer than it saves.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        init = jax.jit(
+            make_init(self.task, self.recipe), out_shardings=shardings, compiler_options=quick
+        )
         state = init(jax.random.key(self.recipe.seed))
         if not self.recipe.model.get("weights"):
             return state
+        from attnjax.models.load import load_weights
+
         params = load_weights(
             self.recipe.model["name"], self.recipe.model["weights"], self.task.model, state.params
         )
