@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Training: state, step, loop, checkpoints, guards, evaluation and reports."""

@@ -17,13 +17,14 @@ from attnjax.data.iterator import eval_batches, train_iterator
 from attnjax.errors import Preempted, RecipeError
 from attnjax.parallel import make_mesh, process_shard
 from attnjax.parallel.process import require_agreement
-from attnjax.recipe import Recipe, differences
+from attnjax.recipe import Recipe
 from attnjax.train import report
 from attnjax.train.checkpoint import Checkpointer
 from attnjax.train.evaluate import evaluate, scalars
 from attnjax.train.guards import BadStepGuard, StopRequest, Watchdog
 from attnjax.train.program import Program, build, sharding_table
 from attnjax.train.state import TrainState
+from attnjax.train.workdir import check_workdir, prepare_workdir
 from attnjax.typing import Batch
 
 _log = logging.getLogger(__name__)
@@ -237,49 +238,6 @@ def check_batch(program: Program, rows: Batch, where: str, count: int) -> None:
                 f"{where}: {name!r} is {rows[name].dtype}{list(rows[name].shape)}, but the model "
                 f"expects {expected.dtype}{list(shape)}"
             )
-
-
-def check_workdir(recipe: Recipe, workdir: pathlib.Path, resume: str) -> None:
-    """Refuse a run directory that cannot be used, before anything is written.
-
-    Raises:
-      RecipeError: the path is no folder, or it belongs to another recipe (differences are listed).
-    """
-    if resume not in ("auto", "force", "never"):
-        raise RecipeError(f"resume={resume!r}: must be auto, force or never")
-    if workdir.exists() and not workdir.is_dir():
-        raise RecipeError(f"workdir {workdir} is not a folder")
-    record = workdir / "recipe.json"
-    if not record.exists():
-        return
-    if resume == "never":
-        raise RecipeError(f"workdir {workdir} already holds a run; choose another")
-    try:
-        previous = Recipe.from_json(record.read_text()).identity()
-    except (RecipeError, OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{record} cannot be read: {error}") from error
-    changed = differences(previous, recipe.identity())
-    if changed and resume != "force":
-        raise RecipeError(
-            f"workdir {workdir} belongs to another recipe (--resume=force continues anyway): "
-            + "; ".join(changed[:10])
-        )
-
-
-def prepare_workdir(recipe: Recipe, workdir: pathlib.Path) -> None:
-    """Create the run directory with the recipe and a record of the environment (process 0 only).
-
-    Raises:
-      RecipeError: the directory cannot be written.
-    """
-    if jax.process_index() != 0:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        report.write_atomically(workdir / "recipe.json", recipe.to_json())
-        report.write_environment(workdir)
-    except OSError as error:
-        raise RecipeError(f"workdir {workdir} cannot be written: {error}") from error
 
 
 def _numbers(metrics, prefix: str) -> dict[str, float]:
