@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of a model from one layout to another, file to file."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import attnjax
+from attnjax import registry
+from attnjax.errors import RecipeError
+from attnjax.models.load import abstract_params, build
+from attnjax.weights import NATIVE, export_params, flatten, import_params, read, write
+from attnjax.weights.files import digest
+from attnjax.weights.torch_checkpoint import read_torch
+
+
+def convert(
+    slug: str,
+    preset: str | None,
+    overrides: Mapping[str, Any],
+    *,
+    source: str,
+    target: str,
+    layout: str = NATIVE,
+    resize_positions: bool = False,
+    allow_torch_pickle: bool = False,
+) -> str:
+    """Read weights, check them against the model, and write them in another layout.
+
+    Args:
+      slug: a registered system of kind model.
+      preset: a key of its PRESETS; None takes the module's defaults.
+      overrides: fields of the module.
+      source: safetensors file in any layout of the system, or a PyTorch checkpoint.
+      target: safetensors file to write.
+      layout: "attnjax" or a key of the system's TORCH_NAMES.
+      resize_positions: fit position tables of another image size.
+      allow_torch_pickle: read the source with `torch.load(weights_only=True)`.
+
+    Returns:
+      One line that says what was written.
+
+    Raises:
+      RecipeError: unknown name or layout, or a source that is refused or does not fit.
+    """
+    model = build(slug, preset, **overrides)
+    home = importlib.import_module(registry.system(slug).module)
+    tables = home.TORCH_NAMES or {}
+    if layout not in (NATIVE, *tables):
+        raise RecipeError(
+            f"unknown layout {layout!r} of {slug}: {registry.nearest(layout, (NATIVE, *tables))}"
+        )
+    if allow_torch_pickle:
+        tensors, metadata = read_torch(source), {}
+    else:
+        tensors, metadata = read(source)
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
+    fit = home.fit_parameter if resize_positions else None
+    params = import_params(tensors, shapes, tables, source=str(source), fit=fit)
+    result = export_params(params, None if layout == NATIVE else tables[layout])
+    provenance = {
+        # Readers of the hub's files look for this key.
+        "format": "pt",
+        "attnjax_version": attnjax.__version__,
+        "layout": layout,
+        "system": slug,
+        "preset": preset or "",
+        "overrides": repr(dict(overrides)) if overrides else "",
+        "source_sha256": digest(source),
+    }
+    origin = {f"source.{k}": v for k, v in metadata.items() if not k.startswith("source.")}
+    write(target, result, {**origin, **provenance})
+    size = sum(x.size for x in result.values())
+    return f"{target}: {len(result)} tensors, {size:,} parameters, layout {layout}"

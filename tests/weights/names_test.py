@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Name tables: bijections that compute the same."""
+
+import numpy as np
+import pytest
+
+from attnjax.errors import RecipeError
+from attnjax.weights import export_params, flatten, import_params, layout_of, plan, unflatten
+from attnjax.weights.names import conv, linear, norm, output, projections, rule
+
+TABLE = tuple(
+    line
+    for group in (
+        projections("block_{}/attention", "h.{}.qkv", ("query", "key", "value")),
+        output("block_{}/attention/out", "h.{}.proj"),
+        norm("block_{}/norm", "h.{}.ln"),
+        conv("stem", "stem"),
+        linear("head", "fc"),
+        (rule("cls", "token"),),
+    )
+    for line in group
+)
+TABLES = {"theirs": TABLE}
+
+
+def params(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "cls": (1, 1, 6),
+        "stem/kernel": (2, 3, 4, 6),
+        "stem/bias": (6,),
+        "head/kernel": (6, 5),
+        "head/bias": (5,),
+    }
+    for i in (0, 11):
+        for part in ("query", "key", "value"):
+            shapes |= {
+                f"block_{i}/attention/{part}/kernel": (6, 2, 3),
+                f"block_{i}/attention/{part}/bias": (2, 3),
+            }
+        shapes |= {
+            f"block_{i}/attention/out/kernel": (2, 3, 6),
+            f"block_{i}/attention/out/bias": (6,),
+            f"block_{i}/norm/scale": (6,),
+            f"block_{i}/norm/bias": (6,),
+        }
+    leaves = {path: rng.standard_normal(s).astype(np.float32) for path, s in shapes.items()}
+    return unflatten(leaves), shapes
+
+
+def test_export_and_import_are_inverse():
+    tree, shapes = params()
+    for tables, rules in ((TABLES, TABLE), (None, None)):
+        tensors = export_params(tree, rules)
+        again = flatten(import_params(tensors, shapes, tables))
+        for path, value in flatten(tree).items():
+            np.testing.assert_array_equal(again[path], value)
+
+
+def test_exported_tensors_compute_the_same():
+    tree, _ = params()
+    leaves, tensors = flatten(tree), export_params(tree, TABLE)
+    x = np.random.default_rng(1).standard_normal((4, 6)).astype(np.float32)
+    assert tensors["h.11.qkv.weight"].shape == (18, 6)
+    qkv = x @ tensors["h.11.qkv.weight"].T + tensors["h.11.qkv.bias"]
+    value = np.einsum("bd,dnh->bnh", x, leaves["block_11/attention/value/kernel"])
+    value = (value + leaves["block_11/attention/value/bias"]).reshape(4, 6)
+    np.testing.assert_allclose(qkv[:, 12:], value, rtol=1e-6)
+    merged = value.reshape(4, 2, 3)
+    out = np.einsum("bnh,nhd->bd", merged, leaves["block_11/attention/out/kernel"])
+    np.testing.assert_allclose(value @ tensors["h.11.proj.weight"].T, out, rtol=1e-5)
+    np.testing.assert_array_equal(tensors["stem.weight"][5, 3], leaves["stem/kernel"][:, :, 3, 5])
+
+
+def test_the_layout_is_recognised_by_names():
+    tree, shapes = params()
+    assert layout_of(list(export_params(tree, TABLE)), shapes, TABLES) == "theirs"
+    assert layout_of(list(export_params(tree)), shapes, TABLES) == "attnjax"
+
+
+def test_a_table_must_cover_every_parameter_once():
+    _, shapes = params()
+    with pytest.raises(RecipeError, match="parameter cls matches 0 rules"):
+        plan(shapes, TABLE[:-1])
+    with pytest.raises(RecipeError, match="parameter cls matches 2 rules"):
+        plan(shapes, (*TABLE, rule("cls", "other")))
+    with pytest.raises(RecipeError, match=r"tensor fc\.bias would hold"):
+        plan(shapes, (*TABLE[:-1], rule("cls", "fc.bias")))
+    lacking = {k: v for k, v in shapes.items() if k != "block_0/attention/key/kernel"}
+    with pytest.raises(RecipeError, match=r"tensor h\.0\.qkv\.weight has only the parts"):
+        plan(lacking, TABLE)
+
+
+def test_other_dtypes_become_float32():
+    tree, shapes = params()
+    tensors = {k: v.astype(np.float16) for k, v in export_params(tree, TABLE).items()}
+    again = flatten(import_params(tensors, shapes, TABLES))
+    assert {leaf.dtype for leaf in again.values()} == {np.dtype("float32")}
+
+
+def test_a_tensor_may_be_fitted():
+    tree, shapes = params()
+    tensors = export_params(tree, TABLE) | {"token": np.ones((1, 3, 6), np.float32)}
+    with pytest.raises(RecipeError, match=r"token \[1,3,6\] in the file, \[1,1,6\] here"):
+        import_params(tensors, shapes, TABLES)
+    fitted = import_params(
+        tensors, shapes, TABLES, fit=lambda path, x, shape: x[:, :1] if path == "cls" else x
+    )
+    np.testing.assert_array_equal(fitted["cls"], 1)
