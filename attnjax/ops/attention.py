@@ -163,9 +163,14 @@ def attention(
 def automatic_order(call: Call) -> tuple[str, ...]:
     """Return the implementations to try for a call, the one expected to be fastest first.
 
-    `cudnn` is only used by name: it rounds differently from the others.
+    Materialised scores win while they are small, or no larger than the keys (a few queries). The
+    CPU limit is measured; accelerators have room for more before the memory matters. `cudnn` is
+    only used by name, because it rounds differently from the others.
     """
-    return ("reference",)
+    b, n, t, s = call.scores_shape
+    limit = 2**21 if jax.default_backend() == "cpu" else 2**26
+    is_dense = b * n * t * s <= limit or n * t <= call.key.shape[2] * call.key.shape[3]
+    return ("reference", "chunked") if is_dense else ("chunked", "reference")
 
 
 def _first_served(names: tuple[str, ...], call: Call) -> AttentionOutput:

@@ -26,6 +26,11 @@ from attnjax.ops.attention import EMPTY_LSE, AttentionOutput, Call
 from attnjax.ops.reference import dropout_factor, dropout_seed
 from attnjax.typing import Array
 
+# Scores in a tile on CPU. Above the first they fall out of the cache; below the second the loop
+# costs more than it saves. Measured on two cores with 1 MiB of L2 and 32 MiB of L3 cache.
+LARGE_TILE = 2**20
+SMALL_TILE = 2**17
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -71,8 +76,33 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
 
 
 def choose_tiles(b: int, n: int, t: int, s: int) -> Tiles:
-    """Choose tile sizes for scores of shape `(b, n, t, s)`."""
-    return Tiles(b, math.ceil(t / math.ceil(t / 256)), math.ceil(s / math.ceil(s / 512)))
+    """Choose tile sizes for scores of shape `(b, n, t, s)`.
+
+    On CPU a tile of scores should stay in the cache, so few examples share one, or only one per
+    device of the ambient mesh. An accelerator wants wide steps: all examples at once.
+    """
+    keys = s if s <= 1024 else _even(s, 512)
+    examples, queries = b, _even(t, 256)
+    if jax.default_backend() == "cpu":
+        queries = _even(t, max(64, LARGE_TILE // (n * keys)))
+        devices = _ambient_devices()
+        shards = devices if b % devices == 0 else 1
+        for examples in range(shards, b + 1, shards):
+            if b % examples == 0 and examples // shards * n * queries * keys >= SMALL_TILE:
+                break
+    return Tiles(examples, queries, keys)
+
+
+def _even(size: int, limit: int) -> int:
+    """Return the size of equal parts of an axis, none above the limit."""
+    return math.ceil(size / math.ceil(size / limit))
+
+
+def _ambient_devices() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
 
 
 @dataclasses.dataclass(frozen=True)
