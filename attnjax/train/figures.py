@@ -72,6 +72,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> boo
         for name in names:
             _draw_series(axes, name, *series[name], evaluations)
         axes.set_xlabel("step", fontsize=8, color=_QUIET)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         _limit(axes, title, [v for n in names for v in series[n][1]])
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8, labelcolor=_INK)

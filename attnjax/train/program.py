@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from attnjax import registry
 from attnjax.errors import RecipeError
 from attnjax.models.load import build as build_model
+from attnjax.models.load import load_params
 from attnjax.parallel import batch_sharding, replicated, tree_shardings
 from attnjax.recipe import Recipe
 from attnjax.tasks.task import Task
@@ -66,11 +67,7 @@ class Program:
         state = init(jax.random.key(self.recipe.seed))
         if not self.recipe.model.get("weights"):
             return state
-        from attnjax.models.load import load_weights
-
-        params = load_weights(
-            self.recipe.model["name"], self.recipe.model["weights"], self.task.model, state.params
-        )
+        params = load_params(self.task.model, self.recipe.model["weights"], resize_positions=True)
         place = functools.partial(jax.tree.map, lambda x, like: jax.device_put(x, like.sharding))
         params = place(params, state.params)
         ema = () if isinstance(state.ema, tuple) else jax.tree.map(jnp.copy, params)
