@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The smallest recipe that has everything a fault can hit: dropout, averaging, accumulation.
+
+Run:     python -m launch.train --config=tests/faults/tiny.py --workdir=DIR
+Data:    made on the fly
+"""
+
+from attnjax.recipe import Checkpoint, Data, Mesh, Optim, Recipe, Report
+
+
+def get_config(variant: str = "") -> Recipe:
+    del variant
+    return Recipe(
+        seed=1,
+        steps=6,
+        batch=16,
+        model={
+            "name": "crossvit",
+            "num_classes": 2,
+            "image_size": (16, 16),
+            "patch_size": (4, 8),
+            "dims": (16, 32),
+            "depth": ((1, 1, 0),),
+            "num_heads": (4, 4),
+            "mlp_ratio": (2.0, 2.0),
+            "stem": "patches",
+            "drop_path": 0.2,
+        },
+        task={"name": "classification"},
+        data=Data(source={"name": "information_exchange", "seed": 3}),
+        optim=Optim(lr=1e-3, ema=0.9, accumulate=2),
+        mesh=Mesh(data=-1),
+        evals={},
+        checkpoint=Checkpoint(every=3, keep=3),
+        report=Report(every=1, tensorboard=False, samples=0),
+    )
