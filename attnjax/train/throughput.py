@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import time
 from typing import Any
 
 import jax
@@ -83,8 +84,6 @@ def _ours(program, record):
     batch = program.to_device(batch)
     state = program.init()
     predict = jax.jit(program.task.predict)
-    import time
-
     begun = time.perf_counter()
     forward = predict.lower(state.params, batch).compile()
     middle = time.perf_counter()
