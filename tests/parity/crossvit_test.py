@@ -22,8 +22,8 @@ SPEC.loader.exec_module(golden)
 # whose coordinates PyTorch computes in float32.
 TOLERANCE_SAME_SIZE = 1e-5
 TOLERANCE_RESIZED = 1e-4
-# Relative to the largest entry of each gradient, against float64. PyTorch's own float32 gradients of
-# the dagger stems are off by as much as 1.8e-2 (oneDNN's convolutions), so they are no reference.
+# Relative to the largest entry of each gradient, against float64: PyTorch's own float32 gradients
+# of the dagger stems are off by as much as 1.8e-2 (oneDNN's convolutions).
 TOLERANCE_GRADIENT = 2e-5
 
 QUICK = ("timm/9-dagger", "timm/tiny cropped")
