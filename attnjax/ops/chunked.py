@@ -6,9 +6,11 @@ Forward, over the tiles of keys of one tile of queries, with running maximum m a
     m' = max(m, max_s scores)      p = exp(scores - m')      l' = exp(m - m') l + sum_s p
     acc' = exp(m - m') acc + p . value                       out = acc / l, lse = m + log l
 
-Backward, from (out, lse) alone, recomputing every tile:
+Backward, from (out, m, log l) alone, recomputing every tile:
 
-    p = exp(scores - lse)          dscores = p * (dout . value - sum_h(dout out) + dlse)
+    p = exp(scores - m - log l)    dscores = p * (dout . value - sum_h(dout out) + dlse)
+
+m and log l are kept apart: where scores are in the thousands, their sum has no digits left for l.
 
 Temporary memory is linear in both lengths. Reverse mode works to any order (the second order
 differentiates these loops and stores their steps). Forward mode is refused by JAX, as for every
@@ -85,8 +87,8 @@ def choose_tiles(b: int, n: int, t: int, s: int) -> Tiles:
     examples, queries = b, _even(t, 256)
     if jax.default_backend() == "cpu":
         queries = _even(t, max(64, LARGE_TILE // (n * keys)))
-        devices = _ambient_devices()
-        shards = devices if b % devices == 0 else 1
+        # The ways the batch is cut divide both, whatever the other axes of the mesh are for.
+        shards = math.gcd(b, _ambient_devices())
         for examples in range(shards, b + 1, shards):
             if b % examples == 0 and examples // shards * n * queries * keys >= SMALL_TILE:
                 break
@@ -215,22 +217,22 @@ def _forward(plan, query, key, value, bias, mask, seed):
                 jnp.zeros((bt, k, g, tq, value.shape[-1]), wide),
             )
             (top, total, sum_bkgth), _ = _loop(key_count, key_step, start)
-            is_empty = total == 0
-            total = jnp.where(is_empty, 1, total)
-            lse_bkgth = jnp.where(is_empty, EMPTY_LSE, top + jnp.log(total))
+            # A row without keys keeps the initial maximum, EMPTY_LSE.
+            total = jnp.where(total == 0, 1, total)
             out_bkgth = (sum_bkgth / total).astype(query.dtype)
-            return None, tuple(jnp.einsum("bkgth->btkgh", a) for a in (out_bkgth, lse_bkgth))
+            results = (out_bkgth, top, jnp.log(total))
+            return None, tuple(jnp.einsum("bkgth->btkgh", a) for a in results)
 
         return None, _loop(query_count, query_step, None)[1]
 
     _, results = _loop(example_count, example_step, None)
-    out, lse_btnh = (plan.join_query(array) for array in results)
-    lse = lse_btnh[..., 0].swapaxes(1, 2)
-    return (out, lse), (query, key, value, bias, mask, seed, out, lse)
+    out, top_btnh, log_total_btnh = (plan.join_query(array) for array in results)
+    lse = (top_btnh + log_total_btnh)[..., 0].swapaxes(1, 2)
+    return (out, lse), (query, key, value, bias, mask, seed, out, top_btnh, log_total_btnh)
 
 
 def _backward(plan, saved, cotangents):
-    query, key, value, bias, mask, seed, out, lse = saved
+    query, key, value, bias, mask, seed, out, top, log_total = saved
     dout, dlse = cotangents
     wide = jnp.promote_types(query.dtype, jnp.float32)
     example_count, query_count, key_count = plan.counts
@@ -238,7 +240,7 @@ def _backward(plan, saved, cotangents):
     bias_all, mask_all = (None if a is None else plan.split_scores(a) for a in (bias, mask))
     # dscores = p * (dweights - shift): sum_s(p * dweights) equals dout . out, which is cheap.
     shift_btn = (dout.astype(wide) * out.astype(wide)).sum(axis=-1) - dlse.swapaxes(1, 2)
-    by_query = (query, dout, shift_btn[..., None], lse.swapaxes(1, 2)[..., None])
+    by_query = (query, dout, shift_btn[..., None], top, log_total)
     by_query = tuple(plan.split_query(array) for array in by_query)
 
     def example_step(dbias, i):
@@ -247,7 +249,9 @@ def _backward(plan, saved, cotangents):
 
         def query_step(state, j):
             query_btkgh, dout_btkgh, *columns = (_at(array, j, 1) for array in by_query_b)
-            shift, lse_tile = (jnp.einsum("btkgh->bkgth", column) for column in columns)
+            shift, top_tile, log_total_tile = (
+                jnp.einsum("btkgh->bkgth", column) for column in columns
+            )
 
             def key_step(state, m):
                 dquery, dkey, dvalue, dbias = state
@@ -255,7 +259,7 @@ def _backward(plan, saved, cotangents):
                 scores_bkgts, slope = _scores(
                     plan, query_btkgh, key_bskh, bias_all, mask_all, (i, j, m)
                 )
-                weights = jnp.exp(scores_bkgts - lse_tile)
+                weights = jnp.exp(scores_bkgts - top_tile - log_total_tile)
                 dweights = _einsum("btkgh,bskh->bkgts", dout_btkgh, value_bskh)
                 kept = weights
                 if plan.dropout_rate:
