@@ -18,12 +18,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from attnjax.errors import FAILED, AttnjaxError, Diverged
+from attnjax.train import integrity
+from attnjax.train.state import TrainState
+from attnjax.typing import Array
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LISTED = 10
 
 
 class BadStepGuard:
@@ -41,7 +46,11 @@ class BadStepGuard:
 
     @property
     def streak(self) -> int:
-        """Bad steps in a row up to the last one observed; do not save while it is not zero."""
+        """Bad steps in a row up to the last one observed.
+
+        While it is not zero, scheduled saves wait: of the few steps that are kept, none should be
+        given up for one that may already be stuck.
+        """
         return self._streak
 
     def rewind(self, step: int) -> None:
@@ -60,7 +69,8 @@ class BadStepGuard:
 
         Args:
           step: number of the step.
-          metrics: `loss`, `grad_norm` and `skipped` as scalars, equal on every process.
+          metrics: `loss`, `grad_norm` and `skipped` as scalars, equal on every process; and
+            `bad_steps`, the count in the training state, which goes on after a restart.
           ids: example ids of this process's share of the batch.
 
         Returns:
@@ -73,7 +83,7 @@ class BadStepGuard:
         if not float(metrics.get("skipped", 0.0)) and np.isfinite(loss) and np.isfinite(norm):
             self._streak = 0
             return False
-        self._streak += 1
+        self._streak = max(self._streak + 1, int(metrics.get("bad_steps", 0)))
         reason = "loss is a spike"
         if not np.isfinite(loss):
             reason = "loss is not finite"
@@ -101,6 +111,36 @@ class BadStepGuard:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise AttnjaxError(f"cannot write {self.path}: {error}") from error
+
+
+def require_finite(step: int, state: TrainState) -> None:
+    """Refuse to save a state from which a run could only continue with NaN.
+
+    Skipped updates keep the state finite; this is for runs that switched skipping off, and for
+    finite updates that overflow a parameter.
+
+    Args:
+      step: number of the step, for the message.
+      state: the state after it.
+
+    Raises:
+      Diverged: parameters, optimiser state or averages hold NaN or infinity (up to ten are named).
+    """
+    saved = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
+    arrays = integrity.flatten(saved)
+    arrays = {path: x for path, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    finite = jax.device_get(_are_finite(arrays))
+    wrong = [path for path in arrays if not finite[path]]
+    if wrong:
+        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+        raise Diverged(
+            f"step {step}: {', '.join(wrong[:_LISTED])}{more} not finite; this step is not saved"
+        )
+
+
+@jax.jit
+def _are_finite(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {path: jnp.all(jnp.isfinite(x)) for path, x in arrays.items()}
 
 
 class StopRequest:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The smallest recipe that has everything a fault can hit: dropout, averaging, accumulation.
 
+The variant `faulty` reads the source of `faulty.py`, which only that launcher knows.
+
 Run:     python -m launch.train --config=tests/faults/tiny.py --workdir=DIR
 Data:    made on the fly
 """
@@ -9,10 +11,10 @@ from attnjax.recipe import Checkpoint, Data, Mesh, Optim, Recipe, Report
 
 
 def get_config(variant: str = "") -> Recipe:
-    del variant
+    name = "faulty" if variant == "faulty" else "information_exchange"
     return Recipe(
         seed=1,
-        steps=6,
+        steps=12,
         batch=16,
         model={
             "name": "crossvit",
@@ -27,10 +29,10 @@ def get_config(variant: str = "") -> Recipe:
             "drop_path": 0.2,
         },
         task={"name": "classification"},
-        data=Data(source={"name": "information_exchange", "seed": 3}),
+        data=Data(source={"name": name, "seed": 3}),
         optim=Optim(lr=1e-3, ema=0.9, accumulate=2),
         mesh=Mesh(data=-1),
         evals={},
-        checkpoint=Checkpoint(every=3, keep=3),
+        checkpoint=Checkpoint(every=2, keep=3),
         report=Report(every=1, tensorboard=False, samples=0),
     )
