@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from attnjax import recipe as recipe_lib
+from attnjax import registry
 from attnjax.parallel import make_mesh
 from attnjax.train.checkpoint import Checkpointer
 from attnjax.train.integrity import flatten, is_key
@@ -143,3 +144,23 @@ def reference(start, left, tmp_path_factory):
     run = start(workdir)
     assert run.finish() == 0, run.errors
     return left(workdir)
+
+
+@pytest.fixture
+def linear_recipe(monkeypatch):
+    """A recipe of the linear model on one device, with everything that a run can have."""
+    target = "tests.faults.linear:Linear"
+    system = registry.System("linear", "model", "a linear map", target)
+    monkeypatch.setitem(registry.SYSTEMS, "linear", system)
+    monkeypatch.setitem(registry.TABLES["model"], "linear", target)
+    use_devices(monkeypatch, 1)
+    recipe = recipe_lib.load(TINY)
+    recipe.model = {"name": "linear"}
+    return recipe
+
+
+def use_devices(monkeypatch, count: int) -> None:
+    """Let the loop see some of the devices only."""
+    monkeypatch.setattr(
+        "attnjax.train.loop.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:count])
+    )
