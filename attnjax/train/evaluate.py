@@ -3,6 +3,7 @@
 
 import contextlib
 
+import jax
 import numpy as np
 
 from attnjax.data.iterator import eval_batches
@@ -36,6 +37,8 @@ def evaluate(
         compiles = watchdog is not None and total is None
         with watchdog.paused() if compiles else contextlib.nullcontext():
             states = program.evaluate(params, program.to_device(rows))
+            if compiles:
+                jax.block_until_ready(states)
         if total is None:
             total = states
         else:

@@ -206,12 +206,13 @@ class Watchdog:
         self._last = time.monotonic()
         self._paused = 0
         self._done = threading.Event()
-        self._process = ""
+        self._process, self._has_peers = "", False
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
         if self._timeout > 0:
             self._process = f"process {jax.process_index()} of {jax.process_count()}"
+            self._has_peers = jax.process_count() > 1
             self.beat()
             self._arm()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -256,6 +257,9 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if self._has_peers:
+            # The others end with the first one: leave the one that hangs time to show its stacks.
+            time.sleep(2 * self._interval)
         # An orderly exit would wait for the very thread that hangs.
         os._exit(FAILED)
 

@@ -144,6 +144,9 @@ def _run(program, workdir, iterator, start, on_step, stop, watchdog) -> RunResul
             profiler.at(step)
             with contextlib.nullcontext() if is_compiled else watchdog.paused():
                 state, metrics = program.step(state, program.to_device(rows))
+                if not is_compiled:
+                    # Other processes may compile for longer than this one.
+                    jax.block_until_ready(metrics)
             is_compiled = True
             step += 1
             # One step behind, so that reading metrics never leaves the devices idle.

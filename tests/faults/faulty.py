@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training launcher with a data source that misbehaves, for runs in processes of their own.
 
-Run:     python -m tests.faults.faulty --config=tests/faults/tiny.py --workdir=DIR
-         --config.data.source.name=faulty --config.data.source.fault=hang
+Run:     python -m tests.faults.faulty --config=tests/faults/tiny.py:faulty --workdir=DIR
+         --config.data.source.fault=hang --config.data.source.process=1
+
+FAULTY_VERSION pretends another version of the library; FAULTY_IDS names a file that gets the
+example ids of this process, one JSON line per step.
 """
 
+import functools
+import json
+import os
 import time
 
 import jax
 import numpy as np
 
+import attnjax
 from attnjax import registry
 from attnjax.data.synthetic import InformationExchange
+from attnjax.errors import RecipeError
+from attnjax.train import loop
 from launch import command, train
 
 
@@ -20,7 +29,7 @@ class Faulty(InformationExchange):
 
     Args:
       fault: "raise" or "hang" when a record is read, "nan" in the record, "small" for a set of half
-        the size, "" for none.
+        the size, "missing" for no set at all, "" for none.
       process: index of the process that has it; -1: all of them.
       after: records that this process reads before the first fault.
       count: records with the fault.
@@ -37,6 +46,8 @@ class Faulty(InformationExchange):
     ):
         mine = process in (-1, jax.process_index())
         self._fault = fault if mine else ""
+        if self._fault == "missing":
+            raise RecipeError("source.root: no such folder")
         super().__init__(seed=seed, size=size // 2 if self._fault == "small" else size)
         self._window, self._reads = range(after, after + count), 0
 
@@ -49,7 +60,7 @@ class Faulty(InformationExchange):
             if self._fault == "hang":
                 hang_for_ever()
             if self._fault == "nan":
-                example["fine"][0, 0] = np.nan
+                example["fine"][:] = np.nan
         return example
 
 
@@ -59,7 +70,16 @@ def hang_for_ever() -> None:
         time.sleep(1)
 
 
+def note_ids(step: int, rows) -> None:
+    """Write down the examples of a step."""
+    with open(os.environ["FAULTY_IDS"], "a") as file:
+        file.write(json.dumps({"step": step + 1, "ids": rows["index"].tolist()}) + "\n")
+
+
 registry.SOURCES["faulty"] = "tests.faults.faulty:Faulty"
+attnjax.__version__ = os.environ.get("FAULTY_VERSION", attnjax.__version__)
+if "FAULTY_IDS" in os.environ:
+    loop.run = functools.partial(loop.run, on_step=note_ids)
 
 if __name__ == "__main__":
     command.run(train.main)
