@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a run, opened and held against what the model expects before anything is compiled."""
 
+import contextlib
+from collections.abc import Iterator
+
 from attnjax.data.iterator import TrainIterator, eval_batches, train_iterator
 from attnjax.errors import RecipeError
 from attnjax.parallel import process_shard
@@ -23,7 +26,8 @@ def open_data(program: Program) -> tuple[TrainIterator, dict[str, int]]:
     """
     sizes = check_evals(program)
     recipe, shard = program.recipe, process_shard(program.mesh)
-    iterator = train_iterator(recipe.data, recipe.seed, recipe.batch, *shard)
+    with _naming("data"):
+        iterator = train_iterator(recipe.data, recipe.seed, recipe.batch, *shard)
     try:
         check_batch(program, iterator.peek(), "data", recipe.batch // shard[1])
     except BaseException:
@@ -47,7 +51,8 @@ def check_evals(program: Program) -> dict[str, int]:
             raise RecipeError(
                 f"evals.{name}.batch={batch}: must be a multiple of mesh.data * mesh.fsdp = {ways}"
             )
-        batches = eval_batches(evaluation.data, batch, *shard)
+        with _naming(f"evals.{name}.data"):
+            batches = eval_batches(evaluation.data, batch, *shard)
         check_batch(program, next(batches), f"evals.{name}", batch // shard[1])
         batches.close()
         sizes[f"evals.{name}"] = batches.examples
@@ -68,3 +73,14 @@ def check_batch(program: Program, rows: Batch, where: str, count: int) -> None:
                 f"{where}: {name!r} is {rows[name].dtype}{list(rows[name].shape)}, but the model "
                 f"expects {expected.dtype}{list(shape)}"
             )
+
+
+@contextlib.contextmanager
+def _naming(section: str) -> Iterator[None]:
+    """Complete the names of fields in refusals: sources and pipelines know only their own part."""
+    try:
+        yield
+    except RecipeError as error:
+        if str(error).startswith(("source.", "pipeline.")):
+            raise RecipeError(f"{section}.{error}") from error
+        raise

@@ -20,7 +20,7 @@ from attnjax.parallel import make_mesh, process_shard
 from attnjax.parallel.process import together
 from attnjax.recipe import Recipe
 from attnjax.train import report
-from attnjax.train.checkpoint import Checkpointer
+from attnjax.train.checkpoint import Checkpointer, latest_step, require_fit
 from attnjax.train.evaluate import evaluate, scalars
 from attnjax.train.guards import BadStepGuard, StopRequest, Watchdog, require_finite
 from attnjax.train.inputs import open_data
@@ -93,6 +93,9 @@ def run(
                 program = build(recipe, make_mesh(dataclasses.asdict(recipe.mesh)))
                 iterator, facts["examples"] = open_data(program)
                 check_workdir(recipe, workdir, resume)
+                require_fit(workdir / "checkpoints", program.state)
+                is_new = latest_step(workdir / "checkpoints") is None
+                pretrained = program.pretrained() if is_new else None
             if dry_run:
                 _print_plan(program)
                 return None
@@ -100,13 +103,13 @@ def run(
                 prepare_workdir(recipe, workdir)
             watchdog.beat()
             with jax.set_mesh(program.mesh), StopRequest() as stop:
-                return _run(program, workdir, iterator, start, on_step, stop, watchdog)
+                return _run(program, workdir, iterator, pretrained, start, on_step, stop, watchdog)
         finally:
             if iterator is not None:
                 iterator.close()
 
 
-def _run(program, workdir, iterator, start, on_step, stop, watchdog) -> RunResult:
+def _run(program, workdir, iterator, pretrained, start, on_step, stop, watchdog) -> RunResult:
     recipe = program.recipe
     checkpointer = Checkpointer(
         workdir / "checkpoints",
@@ -117,7 +120,7 @@ def _run(program, workdir, iterator, start, on_step, stop, watchdog) -> RunResul
     with watchdog.paused():
         restored = checkpointer.restore(program.state)
         if restored is None:
-            state, step = program.init(), 0
+            state, step = program.init(pretrained), 0
         else:
             state, data_state, _, step = restored
             iterator.set_state(data_state)

@@ -87,7 +87,8 @@ def start(compiled, tmp_path_factory):
     numbers = itertools.count()
 
     def launch(workdir, *flags, module="launch.train", config=TINY, **variables):
-        command = [sys.executable, "-m", module, f"--workdir={workdir}"]
+        command = [sys.executable, "-m", module]
+        command += [f"--workdir={workdir}"] if workdir else []
         command += [f"--config={config}"] if config else []
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", **compiled, **variables}
         log = logs / f"{next(numbers)}.txt"
@@ -138,12 +139,18 @@ def left(program):
 
 
 @pytest.fixture(scope="session")
-def reference(start, left, tmp_path_factory):
-    """What the undisturbed run of the tiny recipe leaves; compiles for all that follow."""
-    workdir = tmp_path_factory.mktemp("reference")
+def finished(start, tmp_path_factory):
+    """Directory of an undisturbed run of the tiny recipe; compiles for all that follow."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
     run = start(workdir)
     assert run.finish() == 0, run.errors
-    return left(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def reference(finished, left):
+    """What the undisturbed run leaves."""
+    return left(finished)
 
 
 @pytest.fixture
