@@ -18,14 +18,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from attnjax.errors import FAILED, AttnjaxError, Diverged
 from attnjax.train import integrity
 from attnjax.train.state import TrainState
-from attnjax.typing import Array
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LISTED = 10
@@ -127,20 +125,12 @@ def require_finite(step: int, state: TrainState) -> None:
       Diverged: parameters, optimiser state or averages hold NaN or infinity (up to ten are named).
     """
     saved = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
-    arrays = integrity.flatten(saved)
-    arrays = {path: x for path, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-    finite = jax.device_get(_are_finite(arrays))
-    wrong = [path for path in arrays if not finite[path]]
+    wrong = integrity.not_finite(integrity.flatten(saved))
     if wrong:
         more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         raise Diverged(
             f"step {step}: {', '.join(wrong[:_LISTED])}{more} not finite; this step is not saved"
         )
-
-
-@jax.jit
-def _are_finite(arrays: dict[str, Array]) -> dict[str, Array]:
-    return {path: jnp.all(jnp.isfinite(x)) for path, x in arrays.items()}
 
 
 class StopRequest:

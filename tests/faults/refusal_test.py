@@ -15,6 +15,9 @@ import time
 
 import pytest
 
+from attnjax import recipe
+from attnjax.errors import RecipeError
+
 ENVIRONMENT = "environment.json"
 LIMIT = 10.0
 """Seconds within which a mistake must be reported."""
@@ -229,6 +232,36 @@ def test_launcher_says_the_same(start, answers, taken, tmp_path, key):
     print(f"{time.monotonic() - begin:.1f} s")
     assert (code, run.errors.splitlines()) == answers[key][:2]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\nfrom attnjax.recipe import Recipes\n", ":2: ImportError: cannot import name"),
+        ("def get_config(variant):\n    y = 1\n    return yy\n", ":3: NameError: name 'yy'"),
+        ("def get_config(variant:\n", r":1: SyntaxError: '\(' was never closed"),
+        (
+            "def get_config(variant):\n    return {}\n",
+            "get_config returned dict, expected a Recipe",
+        ),
+    ],
+)
+def test_an_error_in_a_config_file_names_its_line(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=rf"mine\.py{message}|mine\.py: {message}"):
+        recipe.load(str(file))
+
+
+@pytest.mark.parametrize("name", ["os:system", "attnjax.models.crossvit:CrossViT", "posixpath"])
+@pytest.mark.parametrize("part", ["model", "task", "data.source", "data.pipeline"])
+def test_a_recorded_recipe_names_no_import_path(part, name):
+    values = recipe.load("tests/faults/tiny.py").to_dict()
+    *parents, last = part.split(".")
+    node = values[parents[0]] if parents else values
+    node[last]["name"] = name
+    with pytest.raises(RecipeError, match=f"unknown {last} '{name}': .*known: "):
+        recipe.Recipe.from_json(json.dumps(values)).validate()
 
 
 def test_enough_mistakes():

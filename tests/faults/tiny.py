@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The smallest recipe that has everything a fault can hit: dropout, averaging, accumulation.
 
-The variant `faulty` reads the source of `faulty.py`, which only that launcher knows.
+The variant `faulty` reads the source of `faulty.py`, which only that launcher knows; `evaluated`
+has a test set.
 
 Run:     python -m launch.train --config=tests/faults/tiny.py --workdir=DIR
 Data:    made on the fly
 """
 
-from attnjax.recipe import Checkpoint, Data, Mesh, Optim, Recipe, Report
+from attnjax.recipe import Checkpoint, Data, Evaluation, Mesh, Optim, Recipe, Report
 
 
 def get_config(variant: str = "") -> Recipe:
     name = "faulty" if variant == "faulty" else "information_exchange"
+    test = Data(source={"name": name, "seed": 3, "split": "test", "size": 40})
+    evals = {"test": Evaluation(data=test, every=2)} if variant == "evaluated" else {}
     return Recipe(
         seed=1,
         steps=12,
@@ -32,7 +35,7 @@ def get_config(variant: str = "") -> Recipe:
         data=Data(source={"name": name, "seed": 3}),
         optim=Optim(lr=1e-3, ema=0.9, accumulate=2),
         mesh=Mesh(data=-1),
-        evals={},
+        evals=evals,
         checkpoint=Checkpoint(every=2, keep=3),
         report=Report(every=1, tensorboard=False, samples=0),
     )
