@@ -67,6 +67,7 @@ class Launched:
         """End the process with SIGKILL if it still runs."""
         if self.process.poll() is None:
             self.process.kill()
+        if not self.process.stdout.closed:
             self.process.communicate()
 
 

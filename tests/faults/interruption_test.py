@@ -82,3 +82,13 @@ def test_sigterm_then_a_full_disk(start, reference, left, tmp_path):
     assert run.finish() == 0, run.errors
     assert f"continuing from step {step}\n" in run.errors
     left(tmp_path).assert_same(reference)
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step(start, left, tmp_path):
+    """While it compiles, a run answers as it does later: after its first step."""
+    run = start(tmp_path)
+    run.wait_for(lambda: "26,148 parameters" in run.errors)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 3, run.errors
+    assert left(tmp_path).step == 1

@@ -105,6 +105,14 @@ def test_one_hangs(start_two, tmp_path, process):
     assert "in hang_for_ever" in both[process].errors
 
 
+def test_a_loader_that_hangs_at_once(start, tmp_path):
+    run = start(tmp_path / "run", *fault("hang", 0), "--hang_timeout=6", **FAULTY)
+    assert run.finish(90) == 1
+    assert "process 0 of 1 completed no step" in run.errors
+    assert "in hang_for_ever" in run.errors
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("own", "variables", "message"),
     [
