@@ -94,8 +94,8 @@ def run(
                 iterator, facts["examples"] = open_data(program)
                 check_workdir(recipe, workdir, resume)
                 require_fit(workdir / "checkpoints", program.state)
-                is_new = latest_step(workdir / "checkpoints") is None
-                pretrained = program.pretrained() if is_new else None
+                if latest_step(workdir / "checkpoints") is None:
+                    program.pretrained()  # Read again later: bad weights must not leave a trace.
             if dry_run:
                 _print_plan(program)
                 return None
@@ -103,13 +103,13 @@ def run(
                 prepare_workdir(recipe, workdir)
             watchdog.beat()
             with jax.set_mesh(program.mesh), StopRequest() as stop:
-                return _run(program, workdir, iterator, pretrained, start, on_step, stop, watchdog)
+                return _run(program, workdir, iterator, start, on_step, stop, watchdog)
         finally:
             if iterator is not None:
                 iterator.close()
 
 
-def _run(program, workdir, iterator, pretrained, start, on_step, stop, watchdog) -> RunResult:
+def _run(program, workdir, iterator, start, on_step, stop, watchdog) -> RunResult:
     recipe = program.recipe
     checkpointer = Checkpointer(
         workdir / "checkpoints",
@@ -120,7 +120,7 @@ def _run(program, workdir, iterator, pretrained, start, on_step, stop, watchdog)
     with watchdog.paused():
         restored = checkpointer.restore(program.state)
         if restored is None:
-            state, step = program.init(pretrained), 0
+            state, step = program.init(), 0
         else:
             state, data_state, _, step = restored
             iterator.set_state(data_state)

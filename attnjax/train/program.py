@@ -61,16 +61,13 @@ class Program:
         weights = self.recipe.model.get("weights")
         return load_params(self.task.model, weights, resize_positions=True) if weights else None
 
-    def init(self, pretrained: Params | None = None) -> TrainState:
-        """Create the sharded state of step 0.
-
-        Args:
-          pretrained: parameters to start from; None takes `pretrained()` or draws new ones.
+    def init(self) -> TrainState:
+        """Create the sharded state of step 0, with the recipe's pretrained weights if it has any.
 
         Raises:
           RecipeError: as `pretrained`.
         """
-        params = self.pretrained() if pretrained is None else pretrained
+        params = self.pretrained()
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         # Drawing initial values runs once: on CPU, compiling it well takes longer than it saves.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
