@@ -301,6 +301,9 @@ class CrossViT(nn.Module):
                 raise RecipeError(
                     f"{field}={getattr(self, field)!r}: {nearest(getattr(self, field), choices)}"
                 )
+        for field in ("drop_path", "dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise RecipeError(f"{field}={getattr(self, field)}: must be in [0, 1)")
         for field in ("image_size", "patch_size", "dims", "num_heads", "mlp_ratio"):
             if len(getattr(self, field)) != 2:
                 raise RecipeError(f"{field}={getattr(self, field)!r}: needs one entry per branch")
