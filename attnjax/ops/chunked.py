@@ -22,7 +22,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnjax.ops.attention import EMPTY_LSE, AttentionOutput, Call
+from attnjax.ops.attention import AttentionOutput, Call
+from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.reference import dropout_factor, dropout_seed
 from attnjax.typing import Array
 
@@ -55,10 +56,10 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     Raises:
       NotImplementedError: the call asks for probabilities or for a normalizer that is not softmax.
     """
-    if call.return_probabilities:
-        raise NotImplementedError("chunked: return_probabilities needs all weights at once")
-    if call.normalizer != "softmax":
-        raise NotImplementedError(f"chunked: normalizer {call.normalizer!r} is not served")
+    call.refuse(
+        "chunked", "normalizer", "bias objects", "return_probabilities", "return_scores",
+        "statistics", "edit",
+    )  # fmt: skip
     b, n, t, s = call.scores_shape
     if b == 0:
         raise NotImplementedError("chunked: an empty batch is not served")
@@ -71,7 +72,8 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
         dropout_rate=call.dropout_rate,
     )
     seed = dropout_seed(call.dropout_key) if call.dropout_rate else None
-    out, lse = _attend_jit(plan, call.query, call.key, call.value, call.bias, call.mask, seed)
+    mask = None if call.visibility.is_full else jnp.asarray(call.visibility.dense(t, s))
+    out, lse = _attend_jit(plan, call.query, call.key, call.value, call.bias, mask, seed)
     return AttentionOutput(out=out, lse=lse if call.return_lse else None)
 
 
