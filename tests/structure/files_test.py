@@ -97,7 +97,8 @@ def test_public_names_have_docstrings(path):
     found = [node for node in found if not node.name.startswith("_")]
     for holder in [node for node in found if isinstance(node, ast.ClassDef)]:
         methods = [node for node in holder.body if isinstance(node, ast.FunctionDef)]
-        found += [m for m in methods if not m.name.startswith("_") and not _inherited(path, holder, m)]
+        methods = [method for method in methods if not method.name.startswith("_")]
+        found += [method for method in methods if not _inherited(path, holder, method)]
     missing = [node.name for node in found if not ast.get_docstring(node)]
     missing = [name for name in missing if name not in ("main", "setup")]
     assert not missing
