@@ -9,12 +9,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "attnjax"
 
-_GROUND = {"attnjax", "typing", "errors", "registry", "recipe"}
+_GROUND = {"attnjax", "typing", "timing", "errors", "registry", "recipe"}
 
 # What each part of the package may import from it; "attnjax" is the lazy root module.
 ALLOWED = {
     "attnjax": set(),
     "typing": set(),
+    "timing": set(),
     "errors": set(),
     "registry": {"errors"},
     "recipe": {"errors", "registry"},
