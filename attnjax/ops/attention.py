@@ -339,9 +339,9 @@ def _check_mask(mask, b, n, t, s) -> Visibility:
         mask = masks.array(_broadcastable("mask", array, (b, n, t, s)))
     visibility = mask.visibility(t, s)
     for leaf in jax.tree.leaves(visibility):
-        if leaf.ndim == 4 and (leaf.shape[0] not in (1, b) or leaf.shape[1] not in (1, n)):
+        if np.ndim(leaf) == 4 and (leaf.shape[0] not in (1, b) or leaf.shape[1] not in (1, n)):
             raise ValueError(f"mask is for [b,n] = {leaf.shape[:2]}, expected ({b} or 1, {n} or 1)")
-        if leaf.ndim == 2 and leaf.shape[0] not in (1, b):
+        if np.ndim(leaf) == 2 and leaf.shape[0] not in (1, b):
             raise ValueError(f"mask is for {leaf.shape[0]} examples, expected {b} or 1")
     return visibility
 
