@@ -51,6 +51,9 @@ def measure(
         columns_bsc = pad(columns_bsc, 1, m_count * plan.tiles.keys)
         sets_all = columns_bsc.reshape(b // i_count, i_count, -1, len(sets)).swapaxes(0, 1)
     query_all, key_all = plan.split_query(query), plan.split_key(key)
+    # Queries that pad the last tile get weights of zero.
+    rows = ((0, 0), (0, 0), (0, j_count * plan.tiles.queries - lse.shape[2]))
+    lse = jnp.pad(lse, rows, constant_values=-EMPTY_LSE)
     lse_all = plan.split_query(lse.swapaxes(1, 2)[..., None])
     bias_all = bias if bias is None or isinstance(bias, Bias) else plan.split_scores(bias)
     wants_mass = "key_mass" in statistics
@@ -67,9 +70,11 @@ def measure(
                     query_bkgth, take_keys(key_b, m, plan), bias_all,
                     mask if is_partial else None, (i, j, m),
                 )  # fmt: skip
-                p = jnp.exp(scores - lse_bkgt1)
-                surprise = jnp.where(p > 0, lse_bkgt1 - scores, 0)
-                entropy = entropy + (p * surprise).sum(axis=-1)
+                # Formed once: each of the sums below would otherwise take its own exponentials.
+                p, scores = jax.lax.optimization_barrier((jnp.exp(scores - lse_bkgt1), scores))
+                # A sum of finished products is several times as fast as a sum that forms them.
+                parts = jax.lax.optimization_barrier(p * jnp.where(p > 0, lse_bkgt1 - scores, 0))
+                entropy = entropy + parts.sum(axis=-1)
                 top = jnp.maximum(top, p.max(axis=-1))
                 if sets_b is not None:
                     chosen = jax.lax.dynamic_slice_in_dim(
@@ -79,7 +84,8 @@ def measure(
                 if mass is not None:
                     start = m * plan.tiles.keys
                     old = jax.lax.dynamic_slice_in_dim(mass, start, plan.tiles.keys, axis=3)
-                    new = old + p.sum(axis=3)
+                    ones = jnp.ones(p.shape[:-1], wide)
+                    new = old + einsum("bkgt,bkgts->bkgs", ones, p)
                     mass = jax.lax.dynamic_update_slice_in_dim(mass, new, start, axis=3)
                 return entropy, top, members, mass
 
