@@ -6,19 +6,29 @@
 
 `attention` checks and canonicalises its arguments into a `Call` and hands that to an
 implementation. An implementation either serves the call exactly as `reference` would, or refuses
-it with NotImplementedError and the reason; it never ignores an argument.
+it with NotImplementedError and the reason; it never ignores an argument. What every implementation
+can do alike (gates, extra terms of the softmax, stopped gradients) happens here, around them.
 """
 
 import dataclasses
 import importlib
 import math
 import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.ops import mask as masks
+from attnjax.ops.bias import Bias
+from attnjax.ops.mask import Mask, Visibility
+from attnjax.ops.normalizer import EMPTY_LSE, NORMALIZERS, Elementwise, SoftmaxFamily
+from attnjax.ops.statistics import STATISTICS, TokenMass
 from attnjax.typing import Array, PRNGKey
+
+__all__ = ["EMPTY_LSE", "IMPLEMENTATIONS", "AttentionOutput", "Call", "attention"]
 
 IMPLEMENTATIONS = {
     "reference": "attnjax.ops.reference",
@@ -28,12 +38,6 @@ IMPLEMENTATIONS = {
     "cudnn": "attnjax.ops.cudnn",
 }
 """Name -> module whose `attend(call)` serves a call or raises NotImplementedError."""
-
-NORMALIZERS = ("softmax",)
-"""How a row of scores becomes weights."""
-
-EMPTY_LSE = -1e30
-"""Log-sum-exp of a row that may attend nothing: finite, so that differences of two stay finite."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,29 +49,40 @@ class AttentionOutput:
       out: `[b,t,n,hv]`, dtype of the query.
       lse: `[b,n,t]` float32 log-sum-exp of the scores, or None; `EMPTY_LSE` where a row may
         attend nothing.
-      probabilities: `[b,n,t,s]` float32 weights before dropout, or None.
+      probabilities: `[b,n,t,s]` float32 weights before dropout, or None; n is the number of
+        chosen heads.
+      scores: `[b,n,t,s]` float32 scores, -inf where masked, or None; n as above.
+      statistics: arrays by name, see `attnjax.ops.statistics`; empty when none was asked for.
     """
 
     out: Array
     lse: Array | None = None
     probabilities: Array | None = None
+    scores: Array | None = None
+    statistics: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Checked arguments of one `attention` call, in canonical form.
+    """Checked arguments of one `attention` call, in canonical form: what implementations serve.
 
     Attributes:
       query: `[b,t,n,h]`.
       key: `[b,s,k,h]`, same dtype; `k` divides `n`.
       value: `[b,s,k,hv]`, same dtype.
-      mask: bool, rank 4, every axis 1 or that of `[b,n,t,s]`; or None.
-      bias: floating, rank 4, every axis 1 or that of `[b,n,t,s]`; or None.
+      visibility: normal form of the mask for t and s.
+      bias: floating, rank 4, every axis 1 or that of `[b,n,t,s]`; a `Bias`; or None.
       scale: factor of the raw scores.
       softcap: positive cap of the scaled scores, or None.
-      normalizer: one of `NORMALIZERS`.
+      normalizer: an `Elementwise`, or None for plain softmax. The extra terms of softmax's
+        relatives are added outside; only statistics need to know `extra_logit`.
+      extra_logit: `[b|1,n,t|1]` logit that joins the denominator of the weights that statistics
+        are about (not of `out`, `lse` and the probabilities), without gradient, or None.
       return_lse: whether the log-sum-exp is wanted.
-      return_probabilities: whether the weights are wanted.
+      probability_heads: query heads whose probabilities are wanted; empty for none.
+      score_heads: query heads whose scores are wanted; empty for none.
+      statistics: names in `STATISTICS` and `TokenMass`es that are wanted.
+      edit: function of probabilities `[b,n,t,s]` that replaces them, or None.
       dropout_rate: in [0, 1).
       dropout_key: typed key; None exactly when the rate is 0.
     """
@@ -75,13 +90,17 @@ class Call:
     query: Array
     key: Array
     value: Array
-    mask: Array | None
-    bias: Array | None
+    visibility: Visibility
+    bias: Array | Bias | None
     scale: float
     softcap: float | None
-    normalizer: str
+    normalizer: Elementwise | None
+    extra_logit: Array | None
     return_lse: bool
-    return_probabilities: bool
+    probability_heads: tuple[int, ...]
+    score_heads: tuple[int, ...]
+    statistics: tuple[str | TokenMass, ...]
+    edit: Callable[[Array], Array] | None
     dropout_rate: float
     dropout_key: PRNGKey | None
 
@@ -96,20 +115,52 @@ class Call:
         """Dtype of scores, softmax statistics and accumulators: float32, or wider inputs' own."""
         return jnp.promote_types(self.query.dtype, jnp.float32)
 
+    def refuse(self, name: str, *unserved: str) -> None:
+        """Raise NotImplementedError if the call uses an option that an implementation lacks.
+
+        Args:
+          name: of the implementation.
+          *unserved: among "bias", "bias objects", "softcap", "normalizer", "return_lse",
+            "return_probabilities", "return_scores", "statistics", "edit", "dropout".
+        """
+        used = {
+            "bias": self.bias is not None,
+            "bias objects": isinstance(self.bias, Bias),
+            "softcap": self.softcap is not None,
+            "normalizer": self.normalizer is not None,
+            "return_lse": self.return_lse,
+            "return_probabilities": bool(self.probability_heads),
+            "return_scores": bool(self.score_heads),
+            "statistics": bool(self.statistics),
+            "edit": self.edit is not None,
+            "dropout": self.dropout_rate > 0,
+        }
+        for option in unserved:
+            if used[option]:
+                detail = ""
+                if option == "normalizer":
+                    detail = f" {type(self.normalizer).__name__}"
+                raise NotImplementedError(f"{name}: {option}{detail} is not served")
+
 
 def attention(
     query: Array,
     key: Array,
     value: Array,
     *,
-    mask: Array | None = None,
-    bias: Array | None = None,
+    mask: Mask | Array | None = None,
+    bias: Array | Bias | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    normalizer: str = "softmax",
+    normalizer: str | SoftmaxFamily | Elementwise = "softmax",
     implementation: str | None = None,
     return_lse: bool = False,
-    return_probabilities: bool = False,
+    return_probabilities: bool | Sequence[int] = False,
+    return_scores: bool | Sequence[int] = False,
+    statistics: Sequence[str | TokenMass] = (),
+    gate: Array | None = None,
+    stop_gradient: Array | None = None,
+    edit: Callable[[Array], Array] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
 ) -> Array | AttentionOutput:
@@ -123,41 +174,94 @@ def attention(
       query: `[b,t,n,h]` floating.
       key: `[b,s,k,h]`, dtype of the query; `k` divides `n`.
       value: `[b,s,k,hv]`, dtype of the query; `hv` may differ from `h`.
-      mask: bool, broadcastable to `[b,n,t,s]`; True means "may attend".
+      mask: a `Mask`, or bool broadcastable to `[b,n,t,s]`; True means "may attend".
       bias: floating, broadcastable to `[b,n,t,s]`, added after scale and softcap; its gradient has
-        its own shape.
+        its own shape. Or a `Bias`, which is computed where it is needed and never held whole.
       scale: factor of the raw scores; `h ** -0.5` if None.
       softcap: replaces scaled scores `x` by `softcap * tanh(x / softcap)`.
-      normalizer: one of `NORMALIZERS`.
+      normalizer: a name in `NORMALIZERS`, or a normalizer with its parameters.
       implementation: one of `IMPLEMENTATIONS`; None chooses the fastest that serves the call.
-      return_lse: also return the log-sum-exp of every row.
-      return_probabilities: also return the weights (before dropout).
+      return_lse: also return the log-sum-exp of every row (softmax and its relatives only).
+      return_probabilities: also return the weights (before dropout and gates); True, or the query
+        heads to return.
+      return_scores: also return the masked scores; True, or the query heads to return.
+      statistics: statistics of the weights to return, computed without holding the weights: names
+        in `STATISTICS` or `TokenMass`. They carry no gradient.
+      gate: floating, broadcastable to `[b,t,n,hv]`, multiplies the output.
+      stop_gradient: bool `[b,s]`; keys and values where it is True receive no gradient.
+      edit: pure function of the probabilities `[b,n,t,s]` that returns what to use instead, before
+        dropout (`reference` only).
       dropout_rate: probability of dropping a weight, in [0, 1). Which weights are dropped is a
         function of the key and the position alone, so all implementations that serve it agree.
       dropout_key: typed key, needed when the rate is not 0.
 
     Returns:
-      `out [b,t,n,hv]` in the dtype of the query, or an `AttentionOutput` if the log-sum-exp or the
-      probabilities are asked for.
+      `out [b,t,n,hv]` in the dtype of the query, or an `AttentionOutput` if anything else is asked
+      for.
 
     Raises:
       ValueError: an argument cannot mean anything; the message names the axis and both sizes.
       NotImplementedError: the named implementation refuses; the message is its reason.
       ExceptionGroup: nothing was named and every implementation refuses; one reason each.
     """
-    call = _canonical(
-        query, key, value, mask, bias, scale, softcap, normalizer,
-        return_lse, return_probabilities, dropout_rate, dropout_key,
-    )  # fmt: skip
-    if implementation is not None:
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation {implementation!r} is unknown; choose from {list(IMPLEMENTATIONS)}"
-            )
-        output = _attend(implementation, call)
-    else:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation {implementation!r} is unknown; choose from {list(IMPLEMENTATIONS)}"
+        )
+    query, key, value = _check_arrays(query, key, value)
+    b, t, n, h = query.shape
+    s = key.shape[1]
+    if stop_gradient is not None:
+        key, value = _stop(stop_gradient, key, value)
+    scale = h**-0.5 if scale is None else _number("scale", scale)
+    normalizer = _check_normalizer(normalizer)
+    is_softmax = isinstance(normalizer, SoftmaxFamily)
+    if return_lse and not is_softmax:
+        raise ValueError(f"return_lse: {type(normalizer).__name__} has no log-sum-exp")
+    extra = normalizer.extra_logit(query, scale) if is_softmax else None
+    has_finish = is_softmax and type(normalizer) is not SoftmaxFamily
+    dropout_rate, dropout_key = _check_dropout(dropout_rate, dropout_key)
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        visibility=_check_mask(mask, b, n, t, s),
+        bias=_check_bias(bias, (b, n, t, s)),
+        scale=scale,
+        softcap=_check_softcap(softcap),
+        normalizer=None if is_softmax else normalizer,
+        extra_logit=None if extra is None else jax.lax.stop_gradient(extra),
+        return_lse=bool(return_lse) or has_finish,
+        probability_heads=_check_heads("return_probabilities", return_probabilities, n),
+        score_heads=_check_heads("return_scores", return_scores, n),
+        statistics=_check_statistics(statistics, b, s),
+        edit=edit,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+    )
+    if implementation is None:
         output = _first_served(automatic_order(call), call)
-    return output if return_lse or return_probabilities else output.out
+    else:
+        output = _attend(implementation, call)
+    out, lse, probabilities = output.out, output.lse, output.probabilities
+    if has_finish:
+        finish = normalizer.finish(query, lse, scale)
+        wide = out.astype(call.statistics_dtype)
+        if finish.factor is not None:
+            wide = wide * finish.factor.swapaxes(1, 2)[..., None]
+            if probabilities is not None:
+                heads = np.array(call.probability_heads)
+                probabilities = probabilities * finish.factor[:, heads, :, None]
+        if finish.addition is not None:
+            wide = wide + finish.addition
+        out, lse = wide.astype(query.dtype), finish.lse
+    if gate is not None:
+        out = out * _check_gate(gate, out)
+    asked = return_lse or call.probability_heads or call.score_heads or call.statistics
+    if not asked:
+        return out
+    lse = lse if return_lse else None
+    return dataclasses.replace(output, out=out, lse=lse, probabilities=probabilities)
 
 
 def automatic_order(call: Call) -> tuple[str, ...]:
@@ -196,10 +300,7 @@ def _attend(name: str, call: Call) -> AttentionOutput:
     return module.attend(call)
 
 
-def _canonical(
-    query, key, value, mask, bias, scale, softcap, normalizer,
-    return_lse, return_probabilities, dropout_rate, dropout_key,
-) -> Call:  # fmt: skip
+def _check_arrays(query, key, value):
     query, key, value = (jnp.asarray(array) for array in (query, key, value))
     arrays = {"query": (query, "btnh"), "key": (key, "bskh"), "value": (value, "bskh")}
     for name, (array, axes) in arrays.items():
@@ -214,7 +315,7 @@ def _canonical(
         for axis, size in list(zip(axes, array.shape, strict=True))[1:]:
             if size == 0:
                 raise ValueError(f"{name} axis {axis} has size 0")
-    b, t, n, h = query.shape
+    b, _, n, h = query.shape
     _, s, k, _ = key.shape
     for name, axis, size, other, expected in (
         ("key", "b (batch)", key.shape[0], "query", b),
@@ -227,38 +328,122 @@ def _canonical(
             raise ValueError(f"{name} axis {axis} has size {size}, but {other} has {expected}")
     if n % k:
         raise ValueError(f"query axis n (heads) has size {n}, not a multiple of key axis k = {k}")
+    return query, key, value
 
-    if mask is not None:
-        mask = _broadcastable("mask", mask, (b, n, t, s))
-        if mask.dtype != jnp.bool_:
-            raise ValueError(f"mask must be bool (True = may attend), got {mask.dtype}")
-    if bias is not None:
-        bias = _broadcastable("bias", bias, (b, n, t, s))
-        if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise ValueError(f"bias must be floating, got {bias.dtype}")
 
-    scale = h**-0.5 if scale is None else _number("scale", scale)
+def _check_mask(mask, b, n, t, s) -> Visibility:
+    if mask is None:
+        return Visibility()
+    if not isinstance(mask, Mask):
+        array = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)
+        mask = masks.array(_broadcastable("mask", array, (b, n, t, s)))
+    visibility = mask.visibility(t, s)
+    for leaf in jax.tree.leaves(visibility):
+        if np.ndim(leaf) == 4 and (leaf.shape[0] not in (1, b) or leaf.shape[1] not in (1, n)):
+            raise ValueError(f"mask is for [b,n] = {leaf.shape[:2]}, expected ({b} or 1, {n} or 1)")
+        if np.ndim(leaf) == 2 and leaf.shape[0] not in (1, b):
+            raise ValueError(f"mask is for {leaf.shape[0]} examples, expected {b} or 1")
+    return visibility
+
+
+def _check_bias(bias, shape):
+    if bias is None:
+        return None
+    if isinstance(bias, Bias):
+        bias.check(*shape)
+        return bias
+    bias = _broadcastable("bias", jnp.asarray(bias), shape)
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(f"bias must be floating, got {bias.dtype}")
+    return bias
+
+
+def _check_softcap(softcap):
     if softcap is not None and not (softcap := _number("softcap", softcap)) > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer {normalizer!r} is unknown; choose from {list(NORMALIZERS)}")
+    return softcap
+
+
+def _check_normalizer(normalizer):
+    if isinstance(normalizer, str):
+        if normalizer not in NORMALIZERS:
+            raise ValueError(
+                f"normalizer {normalizer!r} is unknown; choose from {list(NORMALIZERS)}"
+            )
+        try:
+            return NORMALIZERS[normalizer]()
+        except TypeError as error:
+            raise ValueError(
+                f"normalizer {normalizer!r} has parameters: pass an instance ({error})"
+            ) from None
+    if not isinstance(normalizer, (SoftmaxFamily, Elementwise)):
+        raise ValueError(f"normalizer must be a name or a normalizer, got {normalizer!r}")
+    return normalizer
+
+
+def _check_heads(name, heads, n) -> tuple[int, ...]:
+    if heads is True or heads is False:
+        return tuple(range(n)) if heads else ()
+    heads = tuple(int(head) for head in heads)
+    for head in heads:
+        if not 0 <= head < n:
+            raise ValueError(f"{name}: there is no head {head} among {n}")
+    return heads
+
+
+def _check_statistics(statistics, b, s):
+    for item in statistics:
+        if isinstance(item, TokenMass):
+            item.check(b, s)
+        elif item not in STATISTICS:
+            raise ValueError(
+                f"statistic {item!r} is unknown; choose from {list(STATISTICS)} or a TokenMass"
+            )
+    return tuple(statistics)
+
+
+def _check_dropout(dropout_rate, dropout_key):
     dropout_rate = _number("dropout_rate", dropout_rate)
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate == 0.0:
-        dropout_key = None
-    elif dropout_key is None:
+        return dropout_rate, None
+    if dropout_key is None:
         raise ValueError(f"dropout_rate {dropout_rate} needs a dropout_key")
-    elif not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key) or dropout_key.shape:
+    if not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key) or dropout_key.shape:
         raise ValueError("dropout_key must be one typed key (jax.random.key)")
-    return Call(
-        query, key, value, mask, bias, scale, softcap, normalizer,
-        bool(return_lse), bool(return_probabilities), dropout_rate, dropout_key,
-    )  # fmt: skip
+    return dropout_rate, dropout_key
 
 
-def _broadcastable(name: str, array, shape: tuple[int, int, int, int]) -> Array:
-    array = jnp.asarray(array)
+def _check_gate(gate, out):
+    gate = jnp.asarray(gate)
+    fits = gate.ndim <= 4 and all(
+        size in (1, whole) for size, whole in zip(gate.shape[::-1], out.shape[::-1], strict=False)
+    )
+    if not fits or not jnp.issubdtype(gate.dtype, jnp.floating):
+        raise ValueError(
+            f"gate must be floating and broadcast to [b,t,n,h] = {out.shape}, got {gate.dtype} "
+            f"{gate.shape}"
+        )
+    return gate.astype(out.dtype)
+
+
+def _stop(stop_gradient, key, value):
+    stop = jnp.asarray(stop_gradient)
+    if (
+        stop.dtype != bool
+        or stop.ndim != 2
+        or stop.shape[1] != key.shape[1]
+        or stop.shape[0] not in (1, key.shape[0])
+    ):
+        raise ValueError(
+            f"stop_gradient must be bool [b,s] = {key.shape[:2]}, got {stop.dtype} {stop.shape}"
+        )
+    stop = stop[:, :, None, None]
+    return tuple(jnp.where(stop, jax.lax.stop_gradient(x), x) for x in (key, value))
+
+
+def _broadcastable(name: str, array: Any, shape: tuple[int, int, int, int]) -> Any:
     if array.ndim > 4:
         raise ValueError(f"{name} must broadcast to [b,n,t,s] = {shape}, got shape {array.shape}")
     array = array.reshape((1,) * (4 - array.ndim) + array.shape)

@@ -7,8 +7,12 @@ numbers of memory. For short sequences it is also the fastest implementation.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attnjax.ops.attention import EMPTY_LSE, AttentionOutput, Call
+from attnjax.ops.attention import AttentionOutput, Call
+from attnjax.ops.bias import Bias
+from attnjax.ops.normalizer import EMPTY_LSE
+from attnjax.ops.statistics import from_probabilities
 from attnjax.typing import Array, PRNGKey
 
 
@@ -23,19 +27,17 @@ def attend(call: Call) -> AttentionOutput:
     """
     b, n, t, s = call.scores_shape
     k, wide = call.key.shape[2], call.statistics_dtype
-    query_btkgh = call.query.reshape(b, t, k, n // k, call.query.shape[3])
-    scores_bkgts = jnp.einsum(
-        "btkgh,bskh->bkgts", query_btkgh, call.key, preferred_element_type=wide
-    )
-    scores_bnts = call.scale * scores_bkgts.reshape(b, n, t, s)
-    if call.softcap is not None:
-        scores_bnts = call.softcap * jnp.tanh(scores_bnts / call.softcap)
-    if call.bias is not None:
-        scores_bnts = scores_bnts + call.bias.astype(wide)
-    if call.mask is not None:
-        scores_bnts = jnp.where(call.mask, scores_bnts, -jnp.inf)
-    probabilities_bnts, lse_bnt = NORMALIZERS[call.normalizer](scores_bnts)
-
+    scores_bnts = masked_scores(call)
+    if call.normalizer is None:
+        probabilities_bnts, lse_bnt = softmax(scores_bnts)
+    else:
+        probabilities_bnts, lse_bnt = elementwise(call, scores_bnts), None
+    if call.edit is not None:
+        probabilities_bnts = call.edit(probabilities_bnts)
+        if probabilities_bnts.shape != (b, n, t, s):
+            raise ValueError(
+                f"edit returned shape {probabilities_bnts.shape}, expected {(b, n, t, s)}"
+            )
     weights_bnts = probabilities_bnts
     if call.dropout_rate:
         seed = dropout_seed(call.dropout_key)
@@ -50,11 +52,40 @@ def attend(call: Call) -> AttentionOutput:
         call.value,
         preferred_element_type=wide,
     )
+    statistics = {}
+    if call.statistics:
+        shown_bnts = probabilities_bnts
+        if call.extra_logit is not None:
+            total_bnt = jnp.logaddexp(lse_bnt, call.extra_logit.astype(wide))
+            shown_bnts = shown_bnts * jnp.exp(lse_bnt - total_bnt)[..., None]
+        statistics = from_probabilities(shown_bnts, call.statistics)
+    pick = lambda array, heads: array[:, np.array(heads)] if heads else None
     return AttentionOutput(
         out=out_btkgh.reshape(b, t, n, -1).astype(call.query.dtype),
         lse=lse_bnt if call.return_lse else None,
-        probabilities=probabilities_bnts if call.return_probabilities else None,
+        probabilities=pick(probabilities_bnts, call.probability_heads),
+        scores=pick(scores_bnts, call.score_heads),
+        statistics=statistics,
     )
+
+
+def masked_scores(call: Call) -> Array:
+    """Return the scores `[b,n,t,s]` of a call, -inf where a query may not attend."""
+    b, n, t, s = call.scores_shape
+    k, wide = call.key.shape[2], call.statistics_dtype
+    query_btkgh = call.query.reshape(b, t, k, n // k, call.query.shape[3])
+    scores_bkgts = jnp.einsum(
+        "btkgh,bskh->bkgts", query_btkgh, call.key, preferred_element_type=wide
+    )
+    scores_bnts = call.scale * scores_bkgts.reshape(b, n, t, s)
+    if call.softcap is not None:
+        scores_bnts = call.softcap * jnp.tanh(scores_bnts / call.softcap)
+    bias = call.bias.dense(t, s) if isinstance(call.bias, Bias) else call.bias
+    if bias is not None:
+        scores_bnts = scores_bnts + bias.astype(wide)
+    if not call.visibility.is_full:
+        scores_bnts = jnp.where(call.visibility.dense(t, s), scores_bnts, -jnp.inf)
+    return scores_bnts
 
 
 def softmax(scores_bnts: Array) -> tuple[Array, Array]:
@@ -77,8 +108,23 @@ def softmax(scores_bnts: Array) -> tuple[Array, Array]:
     return exponential / total, lse[..., 0]
 
 
-NORMALIZERS = {"softmax": softmax}
-"""Name -> function of scores `[b,n,t,s]` that gives weights and log-sum-exp."""
+def elementwise(call: Call, scores_bnts: Array) -> Array:
+    """Return the weights `[b,n,t,s]` of an `Elementwise` normalizer."""
+    normalizer = call.normalizer
+    _, _, t, s = call.scores_shape
+    row = normalizer.row_parameter(call.visibility.visible_keys(t, s))
+    row = None if row is None else row[..., None].astype(scores_bnts.dtype)
+    shift = None
+    if normalizer.shift == "max":
+        top = jnp.maximum(scores_bnts.max(axis=-1, keepdims=True), EMPTY_LSE)
+        shift = jax.lax.stop_gradient(top)
+    elif normalizer.shift == "lse":
+        shift = softmax(scores_bnts)[1][..., None]
+    weight_bnts = normalizer.weight(scores_bnts, shift, row)
+    term_bnts = normalizer.term(scores_bnts, shift, row)
+    if term_bnts is None:
+        return weight_bnts
+    return weight_bnts / normalizer.denominator(term_bnts.sum(axis=-1, keepdims=True), shift)
 
 
 def dropout_seed(key: PRNGKey) -> Array:

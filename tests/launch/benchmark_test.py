@@ -12,6 +12,9 @@ import pytest
         ((), "known: "),
         (("--suite=trainin",), "did you mean 'training'"),
         (("--suite=training",), "--config is missing"),
+        (("--suite=attention",), "--out is missing"),
+        (("--suite=attention", "--only=nobody"), "matches no cell"),
+        (("--suite=attention", "--shapes=hug"), "choose from"),
         (
             ("--suite=training", "--config=configs/crossvit/smoke.py", "--out=/proc/none/x"),
             "cannot be written",
@@ -44,3 +47,9 @@ def test_training_suite(launch, tmp_path):
     made = record["data"]["examples_per_second"]
     assert record["data_ratio"] == pytest.approx(made / consumed)
     assert "what the step consumes" in done.stdout
+
+
+def test_dry_run_lists_the_cells(launch):
+    done = launch("benchmark", "--suite=attention", "--dry_run", "--only=^chunked/full/.*/forward")
+    assert done.returncode == 0, done.stderr
+    assert "chunked/full/bfloat16/1x2048x8x8x64/forward" in done.stdout.splitlines()

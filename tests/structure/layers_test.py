@@ -22,6 +22,7 @@ ALLOWED = {
     "claim": {"errors", "recipe", "registry"},
     "catalog": {"errors", "recipe", "registry", "claim"},
     "ops": _GROUND,
+    "benchmarks": _GROUND | {"ops", "parallel"},
     "parallel": _GROUND | {"ops"},
     "nn": _GROUND | {"ops", "parallel"},
     "losses": _GROUND | {"ops"},

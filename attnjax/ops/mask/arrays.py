@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks made of arrays or functions, most of which may be known at run time only."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.ops.mask.algebra import Lowered, Mask, register
+from attnjax.ops.mask.visibility import EMPTY, FULL, PARTIAL, Visibility, normalise
+
+
+@register(("lower", "upper"))
+class Ranges(Mask):
+    """See `mask.ranges`."""
+
+    lower: Any
+    upper: Any
+
+    def visibility(self, t, s):
+        if self.lower.shape[-1] not in (1, t):
+            raise ValueError(f"ranges are given for {self.lower.shape[-1]} queries, not for {t}")
+        xp = np if isinstance(self.lower, np.ndarray) else jnp
+        lower, upper = (
+            xp.broadcast_to(x, (*x.shape[:-1], t)).astype(np.int32)
+            for x in (self.lower, self.upper)
+        )
+        return Visibility(*normalise(lower, upper, s))
+
+
+@register(("query_ids", "key_ids"))
+class Segments(Mask):
+    """See `mask.segments`."""
+
+    query_ids: Any
+    key_ids: Any
+
+    def visibility(self, t, s):
+        for name, ids, size in (("query", self.query_ids, t), ("key", self.key_ids, s)):
+            if ids.shape[-1] != size:
+                raise ValueError(f"{name}_ids cover {ids.shape[-1]} positions, not {size}")
+        return Visibility(query_ids=self.query_ids, key_ids=self.key_ids)
+
+
+@register(("values",))
+class Dense(Mask):
+    """A bool array `[b|1, n|1, t|1, s|1]`."""
+
+    values: Any
+
+    def dense_bnts(self, t, s):
+        shape = self.values.shape
+        if shape[2] not in (1, t) or shape[3] not in (1, s):
+            raise ValueError(f"mask of shape {shape} does not broadcast to [b,n,{t},{s}]")
+        xp = np if isinstance(self.values, np.ndarray) else jnp
+        return xp.broadcast_to(self.values, (*shape[:2], t, s))
+
+    def window(self, query_start, queries, key_start, keys, t, s):
+        values = self.values
+        for axis, start, size in ((2, query_start, queries), (3, key_start, keys)):
+            if values.shape[axis] > 1:
+                values = _slice_axis(values, start, size, axis)
+        return Dense(values)
+
+    def pad(self, t, s, to_t, to_s):
+        widths = [(0, 0)] * 4
+        for axis, size, to in ((2, t, to_t), (3, s, to_s)):
+            if self.values.shape[axis] > 1:
+                widths[axis] = (0, to - size)
+        xp = np if isinstance(self.values, np.ndarray) else jnp
+        return Dense(xp.pad(self.values, widths))
+
+    def tile(self, query_start, key_start, rows, columns):
+        part = self.window(query_start, rows, key_start, columns, 0, 0).values
+        return jnp.broadcast_to(part, (*part.shape[:2], rows, columns))
+
+
+@register(("kept", "query_blocks", "key_blocks"))
+class Blocks(Mask):
+    """`kept [b|1, n|1, i, j]` bool over the blocks that positions `[t]` and `[s]` belong to."""
+
+    kept: Any
+    query_blocks: Any
+    key_blocks: Any
+    heads_per_map: int = 1
+
+    def dense_bnts(self, t, s):
+        for name, of, size in (("query", self.query_blocks, t), ("key", self.key_blocks, s)):
+            if len(of) != size:
+                raise ValueError(f"blocks cover {len(of)} {name} positions, not {size}")
+        return self._pick(self.query_blocks, self.key_blocks)
+
+    def window(self, query_start, queries, key_start, keys, t, s):
+        return dataclasses.replace(
+            self,
+            query_blocks=_slice_axis(self.query_blocks, query_start, queries, 0),
+            key_blocks=_slice_axis(self.key_blocks, key_start, keys, 0),
+        )
+
+    def pad(self, t, s, to_t, to_s):
+        return dataclasses.replace(
+            self,
+            query_blocks=jnp.pad(self.query_blocks, (0, to_t - t)),
+            key_blocks=jnp.pad(self.key_blocks, (0, to_s - s)),
+        )
+
+    def tile(self, query_start, key_start, rows, columns):
+        return jnp.asarray(
+            self._pick(
+                _slice_axis(self.query_blocks, query_start, rows, 0),
+                _slice_axis(self.key_blocks, key_start, columns, 0),
+            )
+        )
+
+    def block_map_bnij(self, t, s, block_q, block_k):
+        # Exact without the dense mask: a tile sees the blocks between its first and last position.
+        rows = _incidence(self.query_blocks, self.kept.shape[2], block_q)
+        columns = _incidence(self.key_blocks, self.kept.shape[3], block_k)
+        xp = np if isinstance(self.kept, np.ndarray) else jnp
+        kept = self.kept.astype(np.float32)
+        hits = xp.einsum("Ii,bnij,Jj->bnIJ", rows, kept, columns)
+        most = xp.einsum("Ii,Jj->IJ", rows, columns)
+        kinds = xp.where(hits == most, FULL, xp.where(hits == 0, EMPTY, PARTIAL)).astype(np.int8)
+        return xp.repeat(kinds, self.heads_per_map, axis=1)
+
+    def _pick(self, rows, columns):
+        xp = np if isinstance(self.kept, np.ndarray) and isinstance(rows, np.ndarray) else jnp
+        kept = xp.asarray(self.kept)[:, :, rows][:, :, :, columns]
+        return xp.repeat(kept, self.heads_per_map, axis=1) if self.heads_per_map > 1 else kept
+
+
+@register(("query_start", "key_start"))
+class Predicate(Mask):
+    """`function` of positions counted from the two starts."""
+
+    function: Callable[[Any, Any], Any]
+    query_start: Any = 0
+    key_start: Any = 0
+
+    def dense_bnts(self, t, s):
+        if not (isinstance(self.query_start, int) and isinstance(self.key_start, int)):
+            return self.tile(0, 0, t, s)
+        # Only constants go in, so the answer is known even while something else is traced.
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self.tile(0, 0, t, s))
+
+    def window(self, query_start, queries, key_start, keys, t, s):
+        starts = (self.query_start + query_start, self.key_start + key_start)
+        return Predicate(self.function, *starts)
+
+    def pad(self, t, s, to_t, to_s):
+        return self
+
+    def tile(self, query_start, key_start, rows, columns):
+        query = self.query_start + query_start + jnp.arange(rows, dtype=jnp.int32)[:, None]
+        key = self.key_start + key_start + jnp.arange(columns, dtype=jnp.int32)[None]
+        visible = jnp.broadcast_to(self.function(query, key), (rows, columns))
+        return visible.astype(bool)[None, None]
+
+
+@register(("masks",))
+class PerHead(Mask):
+    """See `mask.per_head`."""
+
+    masks: tuple
+
+    def visibility(self, t, s):
+        parts = [mask.visibility(t, s) for mask in self.masks]
+        if any(p.query_ids is not None or p.rest is not None for p in parts):
+            return Visibility(rest=PerHead(tuple(Lowered(p) for p in parts)))
+        parts = [p.with_intervals(t, s) for p in parts]
+        most = max(p.lower.shape[2] for p in parts)
+        bounds = []
+        for name, empty in (("lower", s), ("upper", s)):
+            arrays = [getattr(p, name) for p in parts]
+            xp = np if all(isinstance(x, np.ndarray) for x in arrays) else jnp
+            b = max(x.shape[0] for x in arrays)
+            arrays = [
+                xp.pad(
+                    xp.broadcast_to(x, (b, *x.shape[1:])),
+                    ((0, 0), (0, 0), (0, most - x.shape[2]), (0, 0)),
+                    constant_values=empty,
+                )
+                for x in arrays
+            ]
+            bounds.append(xp.concatenate(arrays, axis=1))
+        return Visibility(*bounds)
+
+    def dense_bnts(self, t, s):
+        return _stack_heads([mask.dense_bnts(t, s) for mask in self.masks])
+
+    def pad(self, t, s, to_t, to_s):
+        return PerHead(tuple(mask.pad(t, s, to_t, to_s) for mask in self.masks))
+
+    def window(self, query_start, queries, key_start, keys, t, s):
+        arguments = (query_start, queries, key_start, keys, t, s)
+        return PerHead(tuple(mask.window(*arguments) for mask in self.masks))
+
+    def tile(self, query_start, key_start, rows, columns):
+        parts = [mask.tile(query_start, key_start, rows, columns) for mask in self.masks]
+        return _stack_heads(parts)
+
+
+@register(("query_lengths",))
+class QueryLengths(Mask):
+    """Queries beyond the length of their example see nothing."""
+
+    query_lengths: Any
+
+    def visibility(self, t, s):
+        row = np.arange(t, dtype=np.int32)
+        upper = (row < self.query_lengths[:, None, None, None]) * np.int32(s)
+        return Visibility(upper * 0, upper)
+
+
+def _incidence(blocks_of, count, size):
+    """1 where a tile of `size` positions touches a block, float32 `[tiles, count]`."""
+    positions = np.asarray(blocks_of)
+    touched = np.zeros((math.ceil(len(positions) / size), count), np.float32)
+    touched[np.arange(len(positions)) // size, positions] = 1
+    return touched
+
+
+def _stack_heads(parts):
+    b = max(part.shape[0] for part in parts)
+    xp = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+    return xp.concatenate([xp.broadcast_to(p, (b, *p.shape[1:])) for p in parts], axis=1)
+
+
+def _slice_axis(x, start, size, axis):
+    if isinstance(start, (int, np.integer)):
+        index = [slice(None)] * x.ndim
+        index[axis] = slice(int(start), int(start) + size)
+        return x[tuple(index)]
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis=axis)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact merge of attention over disjoint sets of keys."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from attnjax.ops.normalizer import EMPTY_LSE
+from attnjax.typing import Array
+
+
+def merge_partials(partials: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Merge softmax attention over disjoint sets of keys into attention over their union.
+
+    lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) out_i, in float32 or wider.
+
+    Args:
+      partials: pairs of `out [b,t,n,hv]` and `lse [b,n,t]`, as from `attention(return_lse=True)`;
+        add an extra term of the softmax to one of them only. Where a part has nothing to attend its
+        lse is `EMPTY_LSE` (or -inf) and its output does not matter.
+
+    Returns:
+      `out [b,t,n,hv]` in the dtype of the first part, and `lse [b,n,t]`.
+
+    Raises:
+      ValueError: there is nothing to merge, or shapes differ.
+    """
+    if not partials:
+        raise ValueError("merge_partials needs at least one pair of out and lse")
+    first = partials[0][0]
+    for out, lse in partials:
+        b, t, n, _ = out.shape
+        if out.shape != first.shape or lse.shape != (b, n, t):
+            raise ValueError(f"out {out.shape} and lse {lse.shape} do not belong to {first.shape}")
+    wide = jnp.promote_types(first.dtype, jnp.float32)
+    lses = jnp.stack([jnp.maximum(lse.astype(wide), EMPTY_LSE) for _, lse in partials])
+    top = lses.max(axis=0)
+    weights = jnp.where(lses > EMPTY_LSE, jnp.exp(lses - top), 0)
+    total = weights.sum(axis=0)
+    is_empty = total == 0
+    total = jnp.where(is_empty, 1, total)
+    lse = jnp.where(is_empty, EMPTY_LSE, top + jnp.log(total))
+    shares = (weights / total).swapaxes(2, 3)[..., None]
+    outs = [
+        jnp.where(share > 0, share * out.astype(wide), 0)
+        for share, (out, _) in zip(shares, partials, strict=True)
+    ]
+    return sum(outs).astype(first.dtype), lse
