@@ -9,8 +9,8 @@ Forward, over the tiles of keys of one tile of queries, with running maximum m a
 Only tiles that the mask's schedule lists are visited: FULL ones without any masking, PARTIAL ones
 with it. The schedule is data, so other boundaries of the same shapes run the same program. The
 backward pass (`chunked_bwd`) recomputes every tile from (out, m, log l); temporary memory is linear
-in both lengths. Reverse mode works to any order (the second order differentiates these loops and
-stores their steps). Forward mode is refused by JAX, as for every function with its own backward
+in both lengths. Reverse mode works to any order; from the second on, all tiles are visited and
+their steps stored. Forward mode is refused by JAX, as for every function with its own backward
 pass: `implementation="reference"` serves it.
 """
 
@@ -147,6 +147,8 @@ class Plan:
       scores_shape: `(b, n, t, s)`.
       key_heads: k.
       scale, softcap, dropout_rate: as in `Call`.
+      skips: visit only scheduled tiles, in loops of dynamic length, which JAX cannot differentiate
+        in reverse; otherwise visit all of them, with the mask.
     """
 
     tiles: Tiles
@@ -155,6 +157,7 @@ class Plan:
     scale: float
     softcap: float | None
     dropout_rate: float
+    skips: bool = True
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -243,10 +246,12 @@ class Plan:
     def visit(self, mask: TiledMask | None, i: Any, j: Any, step, state):
         """Fold `step(state, m, is_partial)` over the tiles of keys that a tile of queries sees."""
         m = self.counts[2]
-        if mask is None:
+        if mask is None or not self.skips:
+            is_partial = mask is not None
             if m == 1:
-                return step(state, 0, False)
-            return jax.lax.scan(lambda c, m: (step(c, m, False), None), state, jnp.arange(m))[0]
+                return step(state, 0, is_partial)
+            one = lambda carry, index: (step(carry, index, is_partial), None)
+            return jax.lax.scan(one, state, jnp.arange(m))[0]
         i = i if mask.full.shape[0] > 1 else 0
         for order, count, is_partial in (
             (mask.full, mask.full_count, False),
@@ -331,11 +336,31 @@ class Plan:
         )
 
 
+def with_scanned_gradient(function):
+    """Let a function of (plan, *operands) that skips tiles be differentiated once more.
+
+    Its derivative is that of the same function without skipping, loops of fixed length.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    @functools.wraps(function)
+    def skipping(plan, *operands):
+        return function(plan, *operands)
+
+    def backward_rule(plan, operands, cotangents):
+        whole = functools.partial(function, dataclasses.replace(plan, skips=False))
+        return jax.vjp(whole, *operands)[1](cotangents)
+
+    skipping.defvjp(lambda plan, *operands: (function(plan, *operands), operands), backward_rule)
+    return skipping
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan, query, key, value, bias, mask, seed):
     return _forward(plan, query, key, value, bias, mask, seed)[0]
 
 
+@with_scanned_gradient
 def forward(plan, query, key, value, bias, mask, seed):
     """Return `out [b,t,n,hv]`, and m and log l, each `[b,t,n,1]`; see the module's equations."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
@@ -396,7 +421,7 @@ def _forward(plan, query, key, value, bias, mask, seed):
 def _backward(plan, saved, cotangents):
     from attnjax.ops.chunked_bwd import backward
 
-    return (*backward(plan, saved, cotangents), None, None)
+    return (*backward(plan, *saved, *cotangents), None, None)
 
 
 _attend.defvjp(_forward, _backward)

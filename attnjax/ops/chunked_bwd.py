@@ -15,14 +15,29 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.ops.bias import Bias
-from attnjax.ops.chunked import Plan, einsum, loop, score_starts, take_keys
+from attnjax.ops.chunked import (
+    Plan,
+    einsum,
+    loop,
+    score_starts,
+    take_keys,
+    with_scanned_gradient,
+)
 from attnjax.typing import Array
 
 
-def backward(plan: Plan, saved, cotangents) -> tuple:
-    """Return the cotangents of query, key, value and bias (None without one)."""
-    query, key, value, bias, mask, seed, out, top, log_total = saved
-    dout, dlse = cotangents
+@with_scanned_gradient
+def backward(
+    plan: Plan, query, key, value, bias, mask, seed, out, top, log_total, dout, dlse
+) -> tuple:
+    """Return the cotangents of query, key, value and bias (None without one).
+
+    Args:
+      plan: of the forward pass.
+      query, key, value, bias, mask, seed: its operands.
+      out, top, log_total: its results.
+      dout, dlse: cotangents of the output `[b,t,n,hv]` and of the log-sum-exp `[b,n,t]`.
+    """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     i_count, j_count, _ = plan.counts
     key_all, value_all = plan.split_key(key), plan.split_key(value)
@@ -96,9 +111,10 @@ def backward(plan: Plan, saved, cotangents) -> tuple:
 
 
 def _transpose(array_bkgth: Array) -> Array:
-    """Return `[bt,k,h,g*tq]`."""
+    """Return `[bt,k,h,g*tq]`, really moved: XLA for CPU lacks bfloat16 products of moved views."""
     bt, k, g, tq, h = array_bkgth.shape
-    return array_bkgth.reshape(bt, k, g * tq, h).swapaxes(2, 3)
+    moved = array_bkgth.reshape(bt, k, g * tq, h).swapaxes(2, 3)
+    return jax.lax.optimization_barrier(moved)
 
 
 def _by_rows(left_bkhr: Array, tile_bkgts: Array) -> Array:
