@@ -363,11 +363,17 @@ def _check_mask(mask, b, n, t, s) -> Visibility:
         array = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)
         mask = masks.array(_broadcastable("mask", array, (b, n, t, s)))
     visibility = mask.visibility(t, s)
-    for leaf in jax.tree.leaves(visibility):
-        if leaf.ndim == 4 and (leaf.shape[0] not in (1, b) or leaf.shape[1] not in (1, n)):
-            raise ValueError(f"mask is for [b,n] = {leaf.shape[:2]}, expected ({b} or 1, {n} or 1)")
-        if leaf.ndim == 2 and leaf.shape[0] not in (1, b):
-            raise ValueError(f"mask is for {leaf.shape[0]} examples, expected {b} or 1")
+    shapes = [jnp.shape(x) for x in (visibility.lower, visibility.upper) if x is not None]
+    shapes += [
+        (ids.shape[0], 1) for ids in (visibility.query_ids, visibility.key_ids) if ids is not None
+    ]
+    if visibility.rest is not None:
+        shapes.append(jax.eval_shape(lambda: visibility.rest.tile(0, 0, 1, 1)).shape)
+    for examples, heads, *_ in shapes:
+        if examples not in (1, b) or heads not in (1, n):
+            raise ValueError(
+                f"mask is for [b,n] = {(examples, heads)}, expected ({b} or 1, {n} or 1)"
+            )
     return visibility
 
 

@@ -13,7 +13,8 @@ computes plain softmax attention with its log-sum-exp, and `finish` does the res
     out = sum_s weight(z_s, c, r) v_s / denominator(sum_s term(z_s, c, r), c, r)
 
 where c is nothing, the row's maximum (any upper bound does: weights and terms are homogeneous in
-exp(-c)), or the row's log-sum-exp (found by a first pass).
+exp(-c)), or the row's log-sum-exp (found by a first pass; weights and terms are functions of z - c
+then, and z and c may both be given relative to something else, such as the maximum).
 
 `Rowwise`: weights that need a whole row of scores at once; only `reference` serves them.
 

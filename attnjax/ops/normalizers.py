@@ -43,7 +43,7 @@ from attnjax.ops.elementwise import (
     kernel_features,
 )
 from attnjax.ops.grouped import Grouped
-from attnjax.ops.normalizer import Elementwise, Rowwise, SoftmaxFamily
+from attnjax.ops.normalizer import Elementwise, Normalizer, Rowwise, SoftmaxFamily
 from attnjax.ops.softmax_family import (
     ContextBias,
     KeyBias,
@@ -66,6 +66,7 @@ __all__ = [
     "Kernel",
     "KeyBias",
     "KeyValueBias",
+    "Normalizer",
     "Rowwise",
     "Sigmoid",
     "SinkLogit",

@@ -98,11 +98,13 @@ def elementwise(call: Call, scores_bnts: Array) -> Array:
     row = normalizer.row_parameter(call.visibility.visible_keys(t, s))
     row = None if row is None else row[..., None].astype(scores_bnts.dtype)
     shift = None
-    if normalizer.shift == "max":
+    if normalizer.shift != "none":
         top = jnp.maximum(scores_bnts.max(axis=-1, keepdims=True), normalizer.floor)
-        shift = jax.lax.stop_gradient(top)
-    elif normalizer.shift == "lse":
-        shift = softmax(scores_bnts)[1][..., None]
+        shift = top = jax.lax.stop_gradient(top)
+        if normalizer.shift == "lse":
+            # Relative to the maximum, because a large log-sum-exp is rounded too far.
+            scores_bnts = scores_bnts - top
+            shift = softmax(scores_bnts)[1][..., None]
     weight_bnts = normalizer.weight(scores_bnts, shift, row)
     term_bnts = normalizer.term(scores_bnts, shift, row)
     if term_bnts is None:
