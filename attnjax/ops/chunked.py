@@ -25,9 +25,9 @@ import numpy as np
 
 from attnjax.ops.attention import AttentionOutput, Call
 from attnjax.ops.bias import Bias
+from attnjax.ops.dropout import dropout_factor, dropout_seed
 from attnjax.ops.mask import EMPTY, FULL, PARTIAL, schedule
 from attnjax.ops.normalizer import EMPTY_LSE
-from attnjax.ops.reference import dropout_factor, dropout_seed
 from attnjax.typing import Array
 
 # Scores in a tile on CPU. Above the first they fall out of the cache; below the second the loop
@@ -415,13 +415,14 @@ def forward(plan, query, key, value, bias, mask, seed):
 def _forward(plan, query, key, value, bias, mask, seed):
     out, top, log_total = forward(plan, query, key, value, bias, mask, seed)
     lse = (top + log_total)[..., 0].swapaxes(1, 2)
-    return (out, lse), (query, key, value, bias, mask, seed, out, top, log_total)
+    operands, results = (query, key, value, bias, mask, seed), (out, top, log_total)
+    return (out, lse), (operands, results)
 
 
 def _backward(plan, saved, cotangents):
     from attnjax.ops.chunked_bwd import backward
 
-    return (*backward(plan, *saved, *cotangents), None, None)
+    return (*backward(plan, *saved, cotangents), None, None)
 
 
 _attend.defvjp(_forward, _backward)

@@ -27,17 +27,18 @@ from attnjax.typing import Array
 
 
 @with_scanned_gradient
-def backward(
-    plan: Plan, query, key, value, bias, mask, seed, out, top, log_total, dout, dlse
-) -> tuple:
+def backward(plan: Plan, operands, results, cotangents) -> tuple:
     """Return the cotangents of query, key, value and bias (None without one).
 
     Args:
       plan: of the forward pass.
-      query, key, value, bias, mask, seed: its operands.
-      out, top, log_total: its results.
-      dout, dlse: cotangents of the output `[b,t,n,hv]` and of the log-sum-exp `[b,n,t]`.
+      operands: its query, key, value, bias, mask and dropout seed.
+      results: its output, row maxima m and log l.
+      cotangents: of the output `[b,t,n,hv]` and of the log-sum-exp `[b,n,t]`.
     """
+    query, key, value, bias, mask, seed = operands
+    out, top, log_total = results
+    dout, dlse = cotangents
     wide = jnp.promote_types(query.dtype, jnp.float32)
     i_count, j_count, _ = plan.counts
     key_all, value_all = plan.split_key(key), plan.split_key(value)
