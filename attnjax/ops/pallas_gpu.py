@@ -28,6 +28,7 @@ from attnjax.ops import pallas_gpu_bwd
 from attnjax.ops.attention import AttentionOutput, Call
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.pallas_gpu_tile import (
+    AXES,
     LOG2E,
     Plan,
     Tile,
@@ -42,6 +43,7 @@ from attnjax.ops.pallas_gpu_tile import (
     tables,
     visit,
 )
+from attnjax.ops.partition import over_batch_and_heads
 from attnjax.ops.reference import dropout_seed
 from attnjax.ops.statistics import TokenMass, name_of
 from attnjax.typing import Array
@@ -197,7 +199,8 @@ def _attend_forward(plan, query, key, value, bias, found, extra):
     inputs = {"query": query, "key": key, "value": value} | found["visible"] | extra
     if bias is not None:
         inputs["bias"] = bias
-    results = forward(plan, inputs | found["forward"])
+    run = functools.partial(forward, plan)
+    results = over_batch_and_heads(run, inputs | found["forward"], AXES)
     out, lse2 = results.pop("out"), results.pop("lse")
     return (out, lse2, results), (query, key, value, bias, found, extra, out, lse2)
 
@@ -338,6 +341,11 @@ def _key_mass(call, plan, lse, found):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _key_mass_jit(plan, inputs):
+    run = functools.partial(_key_mass_launch, plan)
+    return over_batch_and_heads(run, inputs, AXES)["key_mass"]
+
+
+def _key_mass_launch(plan, inputs):
     b, _, n, _ = inputs["query"].shape
     size = plan.backward
     count_q, count_k = plan.counts(size)
@@ -348,7 +356,7 @@ def _key_mass_jit(plan, inputs):
         at = {"b": jax.lax.div(rest, n), "n": head, "k": jax.lax.div(head, plan.group)}
         return at | {"s": j, "i": j}
 
-    results = launch(
+    return launch(
         functools.partial(_key_mass_kernel, plan, where),
         inputs,
         {"key_mass": jax.ShapeDtypeStruct((b, n, plan.s), jnp.float32)},
@@ -362,7 +370,6 @@ def _key_mass_jit(plan, inputs):
         warps=plan.backward_warps,
         name="attention_key_mass",
     )  # fmt: skip
-    return results["key_mass"]
 
 
 def _key_mass_kernel(plan, where, inputs, outputs):

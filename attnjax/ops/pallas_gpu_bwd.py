@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from attnjax.ops.mask import EMPTY
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.pallas_gpu_tile import (
+    AXES,
     LOG2E,
     Plan,
     Tile,
@@ -37,6 +38,7 @@ from attnjax.ops.pallas_gpu_tile import (
     store_vector,
     visit,
 )
+from attnjax.ops.partition import over_batch_and_heads
 
 
 def backward(
@@ -69,8 +71,11 @@ def _backward(plan, arrays, found, extra, results, cotangents):
     inputs |= {name: extra[name] for name in ("seed", "heads") if name in extra}
     if bias is not None:
         inputs["bias"] = bias
-    of_keys = _key_gradients(plan, inputs | found["key_major"])
-    dquery = _query_gradient(plan, inputs | found["query_major"])["dquery"]
+    run = lambda kernel, lists: over_batch_and_heads(
+        functools.partial(kernel, plan), inputs | lists, AXES
+    )
+    of_keys = run(_key_gradients, found["key_major"])
+    dquery = run(_query_gradient, found["query_major"])["dquery"]
     dbias = None
     if bias is not None:
         if bias.shape[3] == 1:
@@ -79,7 +84,7 @@ def _backward(plan, arrays, found, extra, results, cotangents):
         elif bias.shape[2] == 1:
             dbias = _sum_to(of_keys["dbias_keys"][:, :, None], bias)
         else:
-            dbias = _bias_gradient(plan, inputs | found["kinds"])["dbias"].astype(bias.dtype)
+            dbias = run(_bias_gradient, found["kinds"])["dbias"].astype(bias.dtype)
     return dquery, of_keys["dkey"], of_keys["dvalue"], dbias
 
 
