@@ -10,10 +10,13 @@ FULL ones without any masking, with running maximum m and sum l in base 2:
 Statistics of rows are further sums over w. The mass that keys receive is a second kernel, which
 owns a tile of keys and knows the final log-sum-exp.
 
-The backward pass is in `pallas_gpu_bwd`. Second derivatives and forward mode are refused.
+The backward pass is in `pallas_gpu_bwd`. Second derivatives and forward mode are refused. Products
+of float32 follow `jax.default_matmul_precision`, as everywhere in JAX: TF32 unless it says
+"highest".
 
-These kernels have run in Pallas's emulation on CPU, and are lowered and compiled for CUDA in tests
-and by hand; none has yet run on a GPU, and nothing is known about their speed.
+No kernel here has yet run on a GPU. They have run in Pallas's emulation on CPU, are lowered for
+CUDA by tests, and have been compiled to machine code for compute capability 8.0 and 9.0 by hand.
+Nothing is known about their speed.
 """
 
 import functools
@@ -28,22 +31,22 @@ from attnjax.ops import pallas_gpu_bwd
 from attnjax.ops.attention import AttentionOutput, Call
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.pallas_gpu_tile import (
-    AXES,
     LOG2E,
     Plan,
     Tile,
+    Tiles,
     launch,
     load_rows,
     load_vector,
     padded,
     positions,
     product,
+    run,
     store_rows,
     store_vector,
     tables,
     visit,
 )
-from attnjax.ops.partition import over_batch_and_heads
 from attnjax.ops.reference import dropout_seed
 from attnjax.ops.statistics import TokenMass, name_of
 from attnjax.typing import Array
@@ -53,11 +56,14 @@ WIDEST = 256
 """Largest width of a head."""
 
 
-def attend(call: Call, *, interpret: bool | None = None) -> AttentionOutput:
+def attend(
+    call: Call, tiles: Tiles | None = None, *, interpret: bool | None = None
+) -> AttentionOutput:
     """Serve a call on a GPU.
 
     Args:
       call: the checked arguments.
+      tiles: for tests and tuning; chosen from the shapes if None.
       interpret: True emulates the kernels on any backend; False makes kernels for a GPU even if
         there is none, to lower them; None, as the public function has it, refuses without a GPU.
 
@@ -74,7 +80,7 @@ def attend(call: Call, *, interpret: bool | None = None) -> AttentionOutput:
         _check_device(name)
     call.refuse(name, "normalizer", "bias objects", "return_probabilities", "return_scores", "edit")
     _check_call(name, call)
-    plan = make_plan(call, interpret=bool(interpret))
+    plan = _make_plan(call, tiles or choose_tiles(call), bool(interpret))
     found = tables(call.visibility, plan)
     b, n, _, _ = call.scores_shape
     extra = {}
@@ -91,38 +97,41 @@ def _arrays(call):
     return call.query, call.key, call.value, call.bias
 
 
-def make_plan(call: Call, interpret: bool) -> Plan:
+def choose_tiles(call: Call) -> Tiles:
     """Choose tiles for a call.
 
-    The choices keep every kernel within the shared memory of all GPUs since Ampere (99 KiB) and
-    without spilled registers where the compiler could be asked; speed is not measured.
+    Chosen with the compiler, not with a clock: with these, kernels for compute capability 8.0 and
+    9.0 hardly spill registers, and fit the 99 KiB of shared memory that all GPUs since Ampere have
+    (on Hopper, with its 227 KiB, some take more).
     """
-    _, n, t, s = call.scores_shape
-    h, hv = call.query.shape[3], call.value.shape[3]
-    widest = max(padded(h), padded(hv)) * call.query.dtype.itemsize // 2
-    if widest <= 64:
-        forward, backward, warps = (128, 64), (64, 64), 4
+    _, _, t, s = call.scores_shape
+    widest = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
+    if call.query.dtype.itemsize == 4:
+        chosen = ((64, 32), (32, 32), 8, 8) if widest <= 128 else ((32, 16), (16, 16), 8, 8)
+    elif widest <= 64:
+        chosen = ((128, 64), (64, 64), 8, 4)
     elif widest <= 128:
-        forward, backward, warps = (128, 64), (64, 64), 8
+        chosen = ((128, 64), (64, 64), 8, 8)
     else:
-        forward, backward, warps = (64, 32), (32, 32), 4
-    fit = lambda tile: tuple(
-        min(limit, padded(size)) for limit, size in zip(tile, (t, s), strict=True)
+        chosen = ((64, 32), (32, 32), 8, 8)
+    forward, backward, *warps = chosen
+    forward, backward = (
+        (min(tile[0], padded(t)), min(tile[1], padded(s))) for tile in (forward, backward)
     )
+    return Tiles(forward, backward, *warps)
+
+
+def _make_plan(call, tiles, interpret):
     return Plan(
-        t=t,
-        s=s,
-        width=h,
-        value_width=hv,
-        group=n // call.key.shape[2],
+        t=call.query.shape[1],
+        s=call.key.shape[1],
+        width=call.query.shape[3],
+        value_width=call.value.shape[3],
+        group=call.query.shape[2] // call.key.shape[2],
         scale=call.scale,
         softcap=call.softcap,
         dropout_rate=call.dropout_rate,
-        forward=fit(forward),
-        backward=fit(backward),
-        warps=warps,
-        backward_warps=warps,
-        stages=2,
+        tiles=tiles,
         entropy="entropy" in call.statistics,
         max_probability="max_probability" in call.statistics,
         interpret=interpret,
@@ -199,8 +208,7 @@ def _attend_forward(plan, query, key, value, bias, found, extra):
     inputs = {"query": query, "key": key, "value": value} | found["visible"] | extra
     if bias is not None:
         inputs["bias"] = bias
-    run = functools.partial(forward, plan)
-    results = over_batch_and_heads(run, inputs | found["forward"], AXES)
+    results = run(forward, plan, inputs | found["forward"])
     out, lse2 = results.pop("out"), results.pop("lse")
     return (out, lse2, results), (query, key, value, bias, found, extra, out, lse2)
 
@@ -229,7 +237,7 @@ def forward(plan: Plan, inputs: dict[str, Array]) -> dict[str, Array]:
       `out`, `lse` (base 2, `EMPTY_LSE` for rows that see nothing) and the statistics of rows.
     """
     b, t, n, _ = inputs["query"].shape
-    size = plan.forward
+    size = plan.tiles.forward
     count_q, count_k = plan.counts(size)
     f32 = jnp.float32
     outputs = {
@@ -262,13 +270,13 @@ def forward(plan: Plan, inputs: dict[str, Array]) -> dict[str, Array]:
             "h": padded(plan.width), "v": padded(plan.value_width),
         },
         plan=plan,
-        warps=plan.warps,
+        warps=plan.tiles.forward_warps,
         name="attention_forward",
     )  # fmt: skip
 
 
 def _forward_kernel(plan, where, inputs, outputs):
-    size = rows, columns = plan.forward
+    size = rows, columns = plan.tiles.forward
     query_start = where(pl.program_id(0))["t"] * rows
     is_query = positions(query_start, rows, plan.t)
     all_rows = pl.ds(0, rows)
@@ -341,13 +349,12 @@ def _key_mass(call, plan, lse, found):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _key_mass_jit(plan, inputs):
-    run = functools.partial(_key_mass_launch, plan)
-    return over_batch_and_heads(run, inputs, AXES)["key_mass"]
+    return run(_key_mass_launch, plan, inputs)["key_mass"]
 
 
 def _key_mass_launch(plan, inputs):
     b, _, n, _ = inputs["query"].shape
-    size = plan.backward
+    size = plan.tiles.backward
     count_q, count_k = plan.counts(size)
 
     def where(program):
@@ -367,13 +374,13 @@ def _key_mass_launch(plan, inputs):
             "h": padded(plan.width),
         },
         plan=plan,
-        warps=plan.backward_warps,
+        warps=plan.tiles.backward_warps,
         name="attention_key_mass",
     )  # fmt: skip
 
 
 def _key_mass_kernel(plan, where, inputs, outputs):
-    size = rows, columns = plan.backward
+    size = rows, columns = plan.tiles.backward
     key_start = where(pl.program_id(0))["s"] * columns
     is_key = positions(key_start, columns, plan.s)
     all_keys = pl.ds(0, columns)

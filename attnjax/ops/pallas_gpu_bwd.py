@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from attnjax.ops.mask import EMPTY
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.pallas_gpu_tile import (
-    AXES,
     LOG2E,
     Plan,
     Tile,
@@ -33,12 +32,12 @@ from attnjax.ops.pallas_gpu_tile import (
     pick,
     positions,
     product,
+    run,
     store_rows,
     store_tile,
     store_vector,
     visit,
 )
-from attnjax.ops.partition import over_batch_and_heads
 
 
 def backward(
@@ -57,11 +56,6 @@ def backward(
     Returns:
       Gradients of the arrays.
     """
-    return _backward_jit(plan, arrays, found, extra, results, cotangents)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _backward(plan, arrays, found, extra, results, cotangents):
     query, key, value, bias = arrays
     (out, lse), (dout, dlse) = results, cotangents
     f32 = jnp.float32
@@ -71,11 +65,8 @@ def _backward(plan, arrays, found, extra, results, cotangents):
     inputs |= {name: extra[name] for name in ("seed", "heads") if name in extra}
     if bias is not None:
         inputs["bias"] = bias
-    run = lambda kernel, lists: over_batch_and_heads(
-        functools.partial(kernel, plan), inputs | lists, AXES
-    )
-    of_keys = run(_key_gradients, found["key_major"])
-    dquery = run(_query_gradient, found["query_major"])["dquery"]
+    of_keys = run(_key_gradients, plan, inputs | found["key_major"])
+    dquery = run(_query_gradient, plan, inputs | found["query_major"])["dquery"]
     dbias = None
     if bias is not None:
         if bias.shape[3] == 1:
@@ -84,18 +75,9 @@ def _backward(plan, arrays, found, extra, results, cotangents):
         elif bias.shape[2] == 1:
             dbias = _sum_to(of_keys["dbias_keys"][:, :, None], bias)
         else:
-            dbias = run(_bias_gradient, found["kinds"])["dbias"].astype(bias.dtype)
+            results = run(_bias_gradient, plan, inputs | found["kinds"])
+            dbias = results["dbias"].astype(bias.dtype)
     return dquery, of_keys["dkey"], of_keys["dvalue"], dbias
-
-
-def _refuse(*_):
-    raise NotImplementedError(
-        "pallas_gpu: second derivatives are not served; use implementation='chunked' or 'reference'"
-    )
-
-
-_backward.defvjp(_refuse, _refuse)
-_backward_jit = jax.jit(_backward, static_argnums=0)
 
 
 def _sum_to(array, like):
@@ -110,7 +92,7 @@ def _slope(ds, slope):
 def _key_gradients(plan, inputs):
     b, _, n, _ = inputs["query"].shape
     k, group = n // plan.group, plan.group
-    size = plan.backward
+    size = plan.tiles.backward
     count_q, count_k = plan.counts(size)
     outputs = {
         "dkey": jax.ShapeDtypeStruct(inputs["key"].shape, inputs["key"].dtype),
@@ -135,7 +117,7 @@ def _key_gradients(plan, inputs):
             "h": padded(plan.width), "v": padded(plan.value_width),
         },
         plan=plan,
-        warps=plan.backward_warps,
+        warps=plan.tiles.backward_warps,
         name="attention_backward_keys",
     )  # fmt: skip
 
@@ -145,7 +127,7 @@ def _needs_key_bias(inputs):
 
 
 def _key_kernel(plan, where, inputs, outputs):
-    size = rows, columns = plan.backward
+    size = rows, columns = plan.tiles.backward
     key_start = where(pl.program_id(0))["s"] * columns
     is_key = positions(key_start, columns, plan.s)
     all_keys = pl.ds(0, columns)
@@ -203,7 +185,7 @@ def _query_side(plan, inputs, tile):
 
 def _query_gradient(plan, inputs):
     b, _, n, _ = inputs["query"].shape
-    size = plan.backward
+    size = plan.tiles.backward
     count_q, count_k = plan.counts(size)
 
     def where(program):
@@ -224,13 +206,13 @@ def _query_gradient(plan, inputs):
             "h": padded(plan.width), "v": padded(plan.value_width),
         },
         plan=plan,
-        warps=plan.backward_warps,
+        warps=plan.tiles.backward_warps,
         name="attention_backward_queries",
     )  # fmt: skip
 
 
 def _query_kernel(plan, where, inputs, outputs):
-    size = rows, columns = plan.backward
+    size = rows, columns = plan.tiles.backward
     query_start = where(pl.program_id(0))["t"] * rows
     at_start = Tile(plan, inputs, size, (query_start, 0), (0, 0), (0, 0), False)
     query, dout, lse, delta = _query_side(plan, inputs, at_start)
@@ -266,7 +248,7 @@ def _bias_gradient(plan, inputs):
     b, _, n, _ = inputs["query"].shape
     bias_b, bias_n, _, _ = inputs["bias"].shape
     k = n // plan.group
-    size = plan.backward
+    size = plan.tiles.backward
     count_q, count_k = plan.counts(size)
     # Where the bias is shared, a program has all examples or all heads.
     shares = (b if bias_b == 1 else 1, n if bias_n == 1 else 1)
@@ -289,13 +271,13 @@ def _bias_gradient(plan, inputs):
             "t": size[0], "s": size[1], "h": padded(plan.width), "v": padded(plan.value_width),
         },
         plan=plan,
-        warps=plan.backward_warps,
+        warps=plan.tiles.backward_warps,
         name="attention_backward_bias",
     )  # fmt: skip
 
 
 def _bias_kernel(plan, where, shares, inputs, outputs):
-    size = rows, columns = plan.backward
+    size = rows, columns = plan.tiles.backward
     at = where(pl.program_id(0))
     starts = (at["t"] * rows, at["s"] * columns)
 

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from attnjax.ops.mask import FULL, PARTIAL, Visibility, schedule
+from attnjax.ops.partition import over_batch_and_heads
 from attnjax.ops.reference import dropout_factor
 from attnjax.typing import Array
 
@@ -70,6 +71,23 @@ the list of those to visit."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How work is cut.
+
+    Attributes:
+      forward, backward: `(queries, keys)` of a tile of scores, powers of two, at least 16.
+      forward_warps, backward_warps: per program.
+      stages: tiles of the inner loop that are in flight.
+    """
+
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+    forward_warps: int
+    backward_warps: int
+    stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The compiled-in part of a call.
 
@@ -78,8 +96,7 @@ class Plan:
       width, value_width: h and hv.
       group: query heads per key/value head.
       scale, softcap, dropout_rate: as in `Call`.
-      forward, backward: `(queries, keys)` of a tile, powers of two.
-      warps, backward_warps, stages: for the compiler.
+      tiles: how work is cut.
       entropy, max_probability: whether the forward kernel adds these statistics.
       interpret: emulate, for tests.
     """
@@ -92,11 +109,7 @@ class Plan:
     scale: float
     softcap: float | None
     dropout_rate: float
-    forward: tuple[int, int]
-    backward: tuple[int, int]
-    warps: int
-    backward_warps: int
-    stages: int
+    tiles: Tiles
     entropy: bool
     max_probability: bool
     interpret: bool
@@ -104,10 +117,6 @@ class Plan:
     def counts(self, tile: tuple[int, int]) -> tuple[int, int]:
         """Return the number of tiles along queries and keys."""
         return pl.cdiv(self.t, tile[0]), pl.cdiv(self.s, tile[1])
-
-    def compiler(self, warps: int) -> plt.CompilerParams:
-        """Return the compiler's parameters."""
-        return plt.CompilerParams(num_warps=warps, num_stages=self.stages)
 
 
 def padded(width: int) -> int:
@@ -132,17 +141,28 @@ def tables(visibility: Visibility, plan: Plan) -> dict[str, Any]:
     for name in ("lower", "upper", "query_ids", "key_ids"):
         if (array := getattr(visibility, name)) is not None:
             found["visible"][name] = array.astype(np.int32)
-    if visibility.rest is not None:
-        dense = visibility.rest.dense_bnts(plan.t, plan.s)
-        found["visible"]["dense"] = dense.astype(np.int8)
-    kinds = _kinds(visibility, plan, plan.forward)
-    found["forward"] = _lists(kinds)
-    if plan.forward != plan.backward:
-        kinds = _kinds(visibility, plan, plan.backward)
+    forward, kinds = (
+        _kinds(visibility, plan, tile) for tile in (plan.tiles.forward, plan.tiles.backward)
+    )
+    if visibility.rest is not None and any(_may_be_partial(x) for x in (forward, kinds)):
+        dense = lambda: visibility.rest.tile(0, 0, plan.t, plan.s).astype(jnp.int8)
+        if (size := jax.eval_shape(dense).size) >= 2**31:
+            # Kernels count elements below 4 GiB in signed 32 bits.
+            raise NotImplementedError(
+                f"pallas_gpu: a mask of {size} elements that is not made of intervals or segments "
+                "is not served"
+            )
+        found["visible"]["dense"] = dense()
+    found["forward"] = _lists(forward)
     found["query_major"] = _lists(kinds)
     found["key_major"] = _lists(kinds.swapaxes(2, 3))
     found["kinds"] = {"kinds": kinds}
     return found
+
+
+def _may_be_partial(kinds):
+    """Whether a tile may need its elements looked at; blocks as large as tiles never do."""
+    return not isinstance(kinds, np.ndarray) or bool((kinds == PARTIAL).any())
 
 
 def _kinds(visibility, plan, tile):
@@ -158,6 +178,30 @@ def _kinds(visibility, plan, tile):
 def _lists(kinds):
     plan = schedule(kinds)
     return {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run(launcher: Callable, plan: Plan, inputs: dict[str, Array]) -> dict[str, Array]:
+    """Run a kernel on every device's share of examples and heads; differentiating it is refused.
+
+    Args:
+      launcher: `launcher(plan, inputs)` launches it.
+      plan: of the call.
+      inputs: arrays by their names in `AXES`.
+
+    Returns:
+      The results by name.
+    """
+    return over_batch_and_heads(functools.partial(launcher, plan), inputs, AXES)
+
+
+def _refuse(*_):
+    raise NotImplementedError(
+        "pallas_gpu: second derivatives are not served; use implementation='chunked' or 'reference'"
+    )
+
+
+run.defvjp(_refuse, _refuse)
 
 
 def launch(
@@ -181,7 +225,8 @@ def launch(
       grid: number of programs.
       where: maps a program to the block that it has of an axis; 0 for axes that are not named.
       sizes: size of the block of an axis; everything for axes that are not named.
-      plan, warps: the rest of the compiler's parameters.
+      plan: of the call.
+      warps: per program.
       name: of the kernel, for profiles.
 
     Returns:
@@ -214,7 +259,7 @@ def launch(
         in_specs=({name: block(name, array) for name, array in inputs.items()},),
         out_specs={name: block(name, shape) for name, shape in outputs.items()},
         out_shape={name: _vary(shape, varying) for name, shape in outputs.items()},
-        compiler_params=plan.compiler(warps),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=plan.tiles.stages),
         interpret=plan.interpret,
         name=name,
     )
