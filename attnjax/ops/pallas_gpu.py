@@ -5,7 +5,9 @@ One program owns a tile of queries of one head and walks the tiles of keys that 
 FULL ones without any masking, with running maximum m and sum l in base 2:
 
     m' = max(m, max_s x)      w = 2^(factor (x - m'))      l' = 2^(factor (m - m')) l + sum_s w
-    acc' = 2^(factor (m - m')) acc + w . value              out = acc / l, lse = factor m + log2 l
+    acc' = 2^(factor (m - m')) acc + w . value              out = acc / l
+
+The log-sum-exp is kept as the pair m and log2 l, whose difference matters where scores are large.
 
 Statistics of rows are further sums over w. The mass that keys receive is a second kernel, which
 owns a tile of keys and knows the final log-sum-exp.
@@ -29,12 +31,14 @@ from jax.experimental import pallas as pl
 
 from attnjax.ops import pallas_gpu_bwd
 from attnjax.ops.attention import AttentionOutput, Call
+from attnjax.ops.dropout import dropout_seed
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.pallas_gpu_tile import (
     LOG2E,
     Plan,
     Tile,
     Tiles,
+    factor,
     launch,
     load_rows,
     load_vector,
@@ -47,7 +51,6 @@ from attnjax.ops.pallas_gpu_tile import (
     tables,
     visit,
 )
-from attnjax.ops.reference import dropout_seed
 from attnjax.ops.statistics import TokenMass, name_of
 from attnjax.typing import Array
 
@@ -134,6 +137,7 @@ def _make_plan(call, tiles, interpret):
         tiles=tiles,
         entropy="entropy" in call.statistics,
         max_probability="max_probability" in call.statistics,
+        is_exact=call.query.dtype == jnp.float32,
         interpret=interpret,
     )
 
@@ -172,29 +176,29 @@ def _indicators(call):
     return jax.lax.stop_gradient(jnp.stack(rows, axis=1))
 
 
-def _finish(call, plan, out, lse2, rows, found):
-    """Turn results of base 2 into what was asked for."""
-    is_empty = lse2 < EMPTY_LSE / 2
-    lse = jnp.where(is_empty, EMPTY_LSE, lse2 * LN2)
+def _finish(call, plan, out, lse, rows, found):
+    """Make statistics of what the kernels summed up."""
     statistics = {}
     if call.statistics:
-        seen = jax.lax.stop_gradient(lse)
-        factor, log_factor = 1.0, 0.0
+        rows = jax.tree.map(jax.lax.stop_gradient, rows)
+        share, log_share = 1.0, 0.0
         if call.extra_logit is not None:
-            log_factor = seen - jnp.logaddexp(seen, call.extra_logit.astype(jnp.float32))
-            factor = jnp.exp(log_factor)
+            seen = jax.lax.stop_gradient(lse)
+            log_share = seen - jnp.logaddexp(seen, call.extra_logit.astype(jnp.float32))
+            share = jnp.exp(log_share)
         masses = iter(range(rows["masses"].shape[2]) if "masses" in rows else ())
         for statistic in call.statistics:
             if statistic == "entropy":
-                value = rows["entropy"] * factor
+                value = rows["entropy"] * share
                 if call.extra_logit is not None:
-                    value = value - jnp.where(factor > 0, factor * log_factor, 0)
+                    value = value - jnp.where(share > 0, share * log_share, 0)
             elif statistic == "max_probability":
-                value = rows["max_probability"] * factor
+                value = rows["max_probability"] * share
             elif statistic == "key_mass":
-                value = _key_mass(call, plan, seen - log_factor, found)
+                rest = rows["rest"] - log_share * LOG2E
+                value = _key_mass(call, plan, rows["top"], rest, found)
             else:
-                value = rows["masses"][:, :, next(masses)] * factor
+                value = rows["masses"][:, :, next(masses)] * share
             statistics[name_of(statistic)] = value
     return AttentionOutput(out=out, lse=lse if call.return_lse else None, statistics=statistics)
 
@@ -209,15 +213,17 @@ def _attend_forward(plan, query, key, value, bias, found, extra):
     if bias is not None:
         inputs["bias"] = bias
     results = run(forward, plan, inputs | found["forward"])
-    out, lse2 = results.pop("out"), results.pop("lse")
-    return (out, lse2, results), (query, key, value, bias, found, extra, out, lse2)
+    out, top, rest = results.pop("out"), results["top"], results["rest"]
+    is_empty = top < EMPTY_LSE / 2
+    lse = jnp.where(is_empty, EMPTY_LSE, (top * factor(plan, inputs) + rest) * LN2)
+    return (out, lse, results), (query, key, value, bias, found, extra, out, top, rest)
 
 
 def _attend_backward(plan, saved, cotangents):
-    query, key, value, bias, found, extra, out, lse2 = saved
-    dout, dlse2, _ = cotangents
+    query, key, value, bias, found, extra, *results = saved
+    dout, dlse, _ = cotangents
     gradients = pallas_gpu_bwd.backward(
-        plan, (query, key, value, bias), found, extra, (out, lse2), (dout, dlse2)
+        plan, (query, key, value, bias), found, extra, tuple(results), (dout, dlse)
     )
     return *gradients, None, None
 
@@ -234,7 +240,8 @@ def forward(plan: Plan, inputs: dict[str, Array]) -> dict[str, Array]:
       inputs: query, key, value and what else there is, by the names of `AXES`.
 
     Returns:
-      `out`, `lse` (base 2, `EMPTY_LSE` for rows that see nothing) and the statistics of rows.
+      `out`, `top` (the maximum of every row, over `factor`; `EMPTY_LSE` for rows that see nothing),
+      `rest` (base-2 logarithm of the sum over the maximum, 0 for these) and statistics of rows.
     """
     b, t, n, _ = inputs["query"].shape
     size = plan.tiles.forward
@@ -242,7 +249,8 @@ def forward(plan: Plan, inputs: dict[str, Array]) -> dict[str, Array]:
     f32 = jnp.float32
     outputs = {
         "out": jax.ShapeDtypeStruct((b, t, n, plan.value_width), inputs["query"].dtype),
-        "lse": jax.ShapeDtypeStruct((b, n, t), f32),
+        "top": jax.ShapeDtypeStruct((b, n, t), f32),
+        "rest": jax.ShapeDtypeStruct((b, n, t), f32),
     }
     for name in ("entropy", "max_probability"):
         if getattr(plan, name):
@@ -288,14 +296,14 @@ def _forward_kernel(plan, where, inputs, outputs):
         key = load_rows(inputs["key"], (0, tile.keys, 0), tile.real_keys, plan.width)
         x, _ = tile.scores(query, key)
         top = jnp.maximum(state["top"], x.max(axis=1))
-        lower = x * tile.factor - (top * tile.factor)[:, None]
-        weights = jnp.exp2(lower)
+        exponent = tile.exponent(x, top)
+        weights = jnp.exp2(exponent)
         fall = (state["top"] - top) * tile.factor
         shrink = jnp.exp2(fall)
         new = {"top": top, "total": shrink * state["total"] + weights.sum(axis=1)}
         if plan.entropy:
             # sum_s w log2 w, whose reference point moves with the maximum.
-            step_sum = jnp.where(weights > 0, weights * lower, 0).sum(axis=1)
+            step_sum = jnp.where(weights > 0, weights * exponent, 0).sum(axis=1)
             new["bent"] = shrink * (state["bent"] + state["total"] * fall) + step_sum
         if "indicators" in inputs:
             ref = inputs["indicators"]
@@ -323,11 +331,10 @@ def _forward_kernel(plan, where, inputs, outputs):
 
     is_empty = state["total"] == 0
     total = jnp.where(is_empty, 1.0, state["total"])
-    factor = Tile(plan, inputs, size, (0, 0), (0, 0), (0, 0), False).factor
-    lse = jnp.where(is_empty, EMPTY_LSE, state["top"] * factor + jnp.log2(total))
     out = state["sum"] / total[:, None]
     store_rows(outputs["out"], (0, all_rows, 0), out, is_query, plan.value_width)
-    store_vector(outputs["lse"], (0, 0, all_rows), lse, is_query)
+    store_vector(outputs["top"], (0, 0, all_rows), state["top"], is_query)
+    store_vector(outputs["rest"], (0, 0, all_rows), jnp.log2(total), is_query)
     if plan.entropy:
         entropy = (jnp.log2(total) - state["bent"] / total) * LN2
         store_vector(outputs["entropy"], (0, 0, all_rows), entropy, is_query)
@@ -338,10 +345,10 @@ def _forward_kernel(plan, where, inputs, outputs):
         store_vector(outputs["masses"], (0, 0, z, all_rows), mass / total, is_query)
 
 
-def _key_mass(call, plan, lse, found):
-    """Return the mass `[b,n,s]` that keys receive under the final log-sum-exp `[b,n,t]`."""
+def _key_mass(call, plan, top, rest, found):
+    """Return the mass `[b,n,s]` that keys receive, given maxima and sums of rows `[b,n,t]`."""
     query, key, _, bias = jax.tree.map(jax.lax.stop_gradient, _arrays(call))
-    inputs = {"query": query, "key": key, "lse": lse * LOG2E} | found["visible"]
+    inputs = {"query": query, "key": key, "top": top, "rest": rest} | found["visible"]
     if bias is not None:
         inputs["bias"] = bias
     return _key_mass_jit(plan, inputs | found["key_major"])
@@ -393,9 +400,8 @@ def _key_mass_kernel(plan, where, inputs, outputs):
         )
         is_query = tile.real_queries
         query = load_rows(inputs["query"], (0, tile.queries, 0), is_query, plan.width)
-        lse = load_vector(inputs["lse"], (0, 0, tile.queries), is_query, -EMPTY_LSE)
         x, _ = tile.scores(query, key)
-        return mass + jnp.exp2(x * tile.factor - lse[None, :]).sum(axis=1)
+        return mass + jnp.exp2(tile.exponent(x, *tile.normalised())).sum(axis=1)
 
     mass = jnp.zeros((columns,), jnp.float32)
     mass = visit(step, mass, inputs, (0, 0), plan.counts(size)[0], False)

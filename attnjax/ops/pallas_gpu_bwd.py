@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flash attention for GPUs, in Pallas by way of Triton: backward.
 
-With p = 2^(factor x - lse), dp = dout . value and delta = sum_h(dout out) - dlse:
+With p = 2^(factor (x - m) - log2 l), dp = dout . value and delta = sum_h(dout out) - dlse:
 
     dvalue = sum_t p dout      ds = p (dp - delta)      dkey, dquery = scale * ds . query, key
 
@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from attnjax.ops.mask import EMPTY
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.pallas_gpu_tile import (
-    LOG2E,
     Plan,
     Tile,
     launch,
@@ -50,18 +49,18 @@ def backward(
       arrays: query, key, value, and bias or None.
       found: from `tables`.
       extra: seed and heads, if there is dropout.
-      results: out and lse (base 2) of the forward kernel.
-      cotangents: of both.
+      results: out, top and rest of the forward kernel.
+      cotangents: of out and of the log-sum-exp.
 
     Returns:
       Gradients of the arrays.
     """
     query, key, value, bias = arrays
-    (out, lse), (dout, dlse) = results, cotangents
+    (out, top, rest), (dout, dlse) = results, cotangents
     f32 = jnp.float32
-    delta = jnp.einsum("btnh,btnh->bnt", dout.astype(f32), out.astype(f32)) - dlse * LOG2E
-    inputs = {"query": query, "key": key, "value": value, "dout": dout, "lse": lse, "delta": delta}
-    inputs |= found["visible"]
+    delta = jnp.einsum("btnh,btnh->bnt", dout.astype(f32), out.astype(f32)) - dlse
+    inputs = {"query": query, "key": key, "value": value, "dout": dout, "delta": delta}
+    inputs |= {"top": top, "rest": rest} | found["visible"]
     inputs |= {name: extra[name] for name in ("seed", "heads") if name in extra}
     if bias is not None:
         inputs["bias"] = bias
@@ -71,7 +70,7 @@ def backward(
     if bias is not None:
         if bias.shape[3] == 1:
             # ds sums to dlse over a row: what is added to a whole row changes nothing else.
-            dbias = _sum_to(jnp.where(lse > EMPTY_LSE / 2, dlse * LOG2E, 0)[..., None], bias)
+            dbias = _sum_to(jnp.where(top > EMPTY_LSE / 2, dlse, 0)[..., None], bias)
         elif bias.shape[2] == 1:
             dbias = _sum_to(of_keys["dbias_keys"][:, :, None], bias)
         else:
@@ -142,9 +141,9 @@ def _key_kernel(plan, where, inputs, outputs):
                 plan, inputs, size, (start, key_start), (start, 0), (0, g), is_partial,
                 key_major=True,
             )  # fmt: skip
-            query, dout, lse, delta = _query_side(plan, inputs, tile)
+            query, dout, normalised, delta = _query_side(plan, inputs, tile)
             x, slope = tile.scores(query, key)
-            p = jnp.exp2(x * tile.factor - lse[None, :])
+            p = jnp.exp2(tile.exponent(x, *normalised))
             dp = product(value, dout)
             kept = p
             if plan.dropout_rate:
@@ -177,10 +176,8 @@ def _query_side(plan, inputs, tile):
     at = (example, tile.queries, head)
     query = load_rows(inputs["query"], at, is_query, plan.width)
     dout = load_rows(inputs["dout"], at, is_query, plan.value_width)
-    # A log-sum-exp of +1e30 gives the weight zero to queries that do not exist.
-    lse = load_vector(inputs["lse"], (example, head, tile.queries), is_query, -EMPTY_LSE)
     delta = load_vector(inputs["delta"], (example, head, tile.queries), is_query)
-    return query, dout, lse, delta
+    return query, dout, tile.normalised(), delta
 
 
 def _query_gradient(plan, inputs):
@@ -215,17 +212,17 @@ def _query_kernel(plan, where, inputs, outputs):
     size = rows, columns = plan.tiles.backward
     query_start = where(pl.program_id(0))["t"] * rows
     at_start = Tile(plan, inputs, size, (query_start, 0), (0, 0), (0, 0), False)
-    query, dout, lse, delta = _query_side(plan, inputs, at_start)
+    query_side = _query_side(plan, inputs, at_start)
 
     def step(j, dquery, is_partial):
         start = j * columns
         tile = Tile(plan, inputs, size, (query_start, start), (0, start), (0, 0), is_partial)
         key = load_rows(inputs["key"], (0, tile.keys, 0), tile.real_keys, plan.width)
         value = load_rows(inputs["value"], (0, tile.keys, 0), tile.real_keys, plan.value_width)
-        ds, slope = _score_gradient(plan, tile, (query, dout, lse, delta), key, value)
+        ds, slope = _score_gradient(plan, tile, query_side, key, value)
         return dquery + product(_slope(ds, slope).astype(key.dtype), key, 1, 0)
 
-    dquery = jnp.zeros(query.shape, jnp.float32)
+    dquery = jnp.zeros(query_side[0].shape, jnp.float32)
     ragged = plan.s % columns > 0
     dquery = visit(step, dquery, inputs, (0, 0), plan.counts(size)[1], ragged)
     dquery = dquery * plan.scale
@@ -235,9 +232,9 @@ def _query_kernel(plan, where, inputs, outputs):
 
 def _score_gradient(plan, tile, query_side, key, value):
     """Return ds `[queries, keys]` and the slope of the cap."""
-    query, dout, lse, delta = query_side
+    query, dout, normalised, delta = query_side
     x, slope = tile.scores(query, key)
-    p = jnp.exp2(x * tile.factor - lse[:, None])
+    p = jnp.exp2(tile.exponent(x, *normalised))
     dp = product(dout, value)
     if plan.dropout_rate:
         dp = dp * tile.dropout()

@@ -24,9 +24,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from attnjax.ops.dropout import dropout_factor
 from attnjax.ops.mask import FULL, PARTIAL, Visibility, schedule
+from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.partition import over_batch_and_heads
-from attnjax.ops.reference import dropout_factor
 from attnjax.typing import Array
 
 LOG2E = math.log2(math.e)
@@ -39,7 +40,8 @@ AXES = {
     "value": "bskv",
     "out": "btnv",
     "dout": "btnv",
-    "lse": "bnt",
+    "top": "bnt",
+    "rest": "bnt",
     "delta": "bnt",
     "bias": "bnTS",
     "lower": "bnrt",
@@ -98,6 +100,7 @@ class Plan:
       scale, softcap, dropout_rate: as in `Call`.
       tiles: how work is cut.
       entropy, max_probability: whether the forward kernel adds these statistics.
+      is_exact: whether exponents are right to the last bit of float32 for large scores too.
       interpret: emulate, for tests.
     """
 
@@ -112,11 +115,25 @@ class Plan:
     tiles: Tiles
     entropy: bool
     max_probability: bool
+    is_exact: bool
     interpret: bool
 
     def counts(self, tile: tuple[int, int]) -> tuple[int, int]:
         """Return the number of tiles along queries and keys."""
         return pl.cdiv(self.t, tile[0]), pl.cdiv(self.s, tile[1])
+
+
+def factor(plan: Plan, inputs: Any) -> float:
+    """Return what turns the scores of kernels into scores of base 2.
+
+    Where scores are the raw products times a positive number, it is that number.
+
+    Args:
+      plan: of the call.
+      inputs: a container of the names of what there is.
+    """
+    is_raw = plan.softcap is None and "bias" not in inputs and plan.scale > 0
+    return plan.scale * LOG2E if is_raw else 1.0
 
 
 def padded(width: int) -> int:
@@ -423,14 +440,9 @@ class Tile:
         return vector[:, None] if self.key_major else vector[None, :]
 
     @property
-    def is_raw(self) -> bool:
-        """Whether scores are the raw products times a positive factor."""
-        return self.plan.softcap is None and "bias" not in self.inputs and self.plan.scale > 0
-
-    @property
     def factor(self) -> float:
         """What turns the results of `scores` into scores of base 2."""
-        return self.plan.scale * LOG2E if self.is_raw else 1.0
+        return factor(self.plan, self.inputs)
 
     def scores(self, query: Array, key: Array) -> tuple[Array, Array | None]:
         """Return the scores over `factor`, -inf where invisible, and the slope of the cap.
@@ -445,13 +457,35 @@ class Tile:
         if plan.softcap is not None:
             bend = jnp.tanh(x * (plan.scale / plan.softcap))
             x, slope = bend * (plan.softcap * LOG2E), 1 - bend * bend
-        elif not self.is_raw:
+        elif self.factor == 1:
             x = x * (plan.scale * LOG2E)
         if "bias" in self.inputs:
             x = x + self._bias() * LOG2E
         if self.is_partial and (visible := self._visible()) is not None:
             x = jnp.where(visible, x, -jnp.inf)
         return x, slope
+
+    def exponent(self, x: Array, top: Array, rest: Array | None = None) -> Array:
+        """Return `factor * (x - top) - rest`, the logarithm of base 2 of weights.
+
+        Args:
+          x: from `scores`.
+          top: `[queries]` maximum of every row, over `factor` like x.
+          rest: `[queries]` logarithm of base 2 of the sum of every row, or None.
+        """
+        if self.plan.is_exact:
+            shifted = (x - self.by_query(top)) * self.factor
+            return shifted if rest is None else shifted - self.by_query(rest)
+        # One instruction less per element; the product's rounding shows for scores above 1e3.
+        shift = top * self.factor if rest is None else top * self.factor + rest
+        return x * self.factor - self.by_query(shift)
+
+    def normalised(self) -> tuple[Array, Array]:
+        """Load the `top` and `rest` of every query that make `exponent` that of probabilities."""
+        index = (*self.heads, self.queries)
+        # A maximum of 1e30 gives the weight zero to queries that do not exist.
+        top = load_vector(self.inputs["top"], index, self.real_queries, -EMPTY_LSE)
+        return top, load_vector(self.inputs["rest"], index, self.real_queries)
 
     def dropout(self) -> Array:
         """Return the dropout factors."""
