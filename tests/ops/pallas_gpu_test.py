@@ -12,7 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnjax.ops import TokenMass, attention, mask, pallas_gpu
-from attnjax.ops.normalizer import EMPTY_LSE
+from attnjax.ops.bias import Bias
+from attnjax.ops.core_cases import CASES
+from attnjax.ops.normalizer import EMPTY_LSE, SoftmaxFamily
 from attnjax.ops.normalizers import SinkLogit
 from attnjax.ops.pallas_gpu import Tiles
 
@@ -121,6 +123,25 @@ def test_masks(emulate, name):
     """GQA, lengths that are no multiple of a tile, in one go with every mask."""
     made = MASKS[name](np.random.default_rng(0), 70)
     check(draw(1, 2, 70, 70, 4, 2, 16), mask=made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_cases(emulate, name):
+    """Every case of the core: served as the reference does, or refused by name."""
+    case = {case.name: case for case in CASES}[name]
+    emulate(None if case.t > 100 else SMALL)
+    arrays = case.arrays()
+    options = case.options()
+    cotangent = jnp.asarray(
+        np.random.default_rng(0).standard_normal((*arrays[0].shape[:3], case.hv)), jnp.float32
+    )
+    is_softmax = isinstance(options.get("normalizer", SoftmaxFamily()), SoftmaxFamily)
+    if not is_softmax or isinstance(options.get("bias"), Bias):
+        with pytest.raises(NotImplementedError, match=r"pallas_gpu: (normalizer|bias objects)"):
+            attention(*arrays, implementation="pallas_gpu", **options)
+    else:
+        check((*arrays, cotangent), **options)
 
 
 SHAPES = {
@@ -248,7 +269,10 @@ def sharded(mesh, *spec):
 
 def test_sharded_examples_and_heads_stay_sharded(emulate):
     """Nothing is gathered, dropout and a shared bias's gradient are those of one device."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    devices = jax.devices()[:4]
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
     arrays = draw(13, 4, 20, 20, 4, 2, 16)
     bias = jnp.asarray(np.random.default_rng(14).standard_normal((1, 4, 20, 20)), jnp.float32)
     segments = jnp.asarray(ids(np.random.default_rng(15), 4, 20))
@@ -259,11 +283,11 @@ def test_sharded_examples_and_heads_stay_sharded(emulate):
             dropout_rate=0.2, dropout_key=jax.random.key(0),
         )  # fmt: skip
 
-    expected = run("reference", arrays, bias, segments)
+    program = jax.jit(run, static_argnums=0, compiler_options=QUICKLY)
+    expected = program("reference", arrays, bias, segments)
     with jax.set_mesh(mesh):
         arrays = [jax.device_put(x, sharded(mesh, "data", None, "model")) for x in arrays]
         segments = jax.device_put(segments, sharded(mesh, "data"))
-        program = jax.jit(run, static_argnums=0)
         compiled = program.lower("pallas_gpu", arrays, bias, segments).compile()
         found = compiled(arrays, bias, segments)
     text = compiled.as_text()
@@ -284,7 +308,10 @@ def test_inside_shard_map(emulate):
             apply, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check
         )
     )  # fmt: skip
-    expected = attention(query, key, value, mask=mask.causal(), implementation="reference")
+    reference = jax.jit(
+        functools.partial(attention, mask=mask.causal(), implementation="reference")
+    )
+    expected = reference(query, key, value)
     np.testing.assert_allclose(mapped(False)(query, key, value), expected, rtol=2e-5, atol=2e-5)
     emulate(interpret=False)
     text = mapped(True).trace(query, key, value).lower(lowering_platforms=("cuda",)).as_text()
