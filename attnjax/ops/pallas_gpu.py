@@ -16,9 +16,9 @@ The backward pass is in `pallas_gpu_bwd`. Second derivatives and forward mode ar
 of float32 follow `jax.default_matmul_precision`, as everywhere in JAX: TF32 unless it says
 "highest".
 
-No kernel here has yet run on a GPU. They have run in Pallas's emulation on CPU, are lowered for
-CUDA by tests, and have been compiled to machine code for compute capability 8.0 and 9.0 by hand.
-Nothing is known about their speed.
+No kernel here has yet run on a GPU, and nothing is known about their speed. Tests run them in
+Pallas's emulation on CPU and lower them for CUDA; by hand, Triton 3.8 compiled them to machine code
+for compute capability 8.0, 8.6, 9.0 and 10.0.
 """
 
 import functools
@@ -46,6 +46,7 @@ from attnjax.ops.pallas_gpu_tile import (
     positions,
     product,
     run,
+    split,
     store_rows,
     store_vector,
     tables,
@@ -260,11 +261,11 @@ def forward(plan: Plan, inputs: dict[str, Array]) -> dict[str, Array]:
         outputs["masses"] = jax.ShapeDtypeStruct((b, n, count, t), f32)
 
     def where(program):
-        rest, i = jax.lax.div(program, count_q), jax.lax.rem(program, count_q)
-        head = jax.lax.rem(rest, n)
+        rest, i = split(program, count_q)
+        example, head = split(rest, n)
         # Under a causal mask the last tile has most to do: it goes first.
         i = count_q - 1 - i
-        at = {"b": jax.lax.div(rest, n), "n": head, "k": jax.lax.div(head, plan.group)}
+        at = {"b": example, "n": head, "k": split(head, plan.group)[0]}
         return at | {"t": i, "i": i}
 
     return launch(
@@ -365,9 +366,9 @@ def _key_mass_launch(plan, inputs):
     count_q, count_k = plan.counts(size)
 
     def where(program):
-        rest, j = jax.lax.div(program, count_k), jax.lax.rem(program, count_k)
-        head = jax.lax.rem(rest, n)
-        at = {"b": jax.lax.div(rest, n), "n": head, "k": jax.lax.div(head, plan.group)}
+        rest, j = split(program, count_k)
+        example, head = split(rest, n)
+        at = {"b": example, "n": head, "k": split(head, plan.group)[0]}
         return at | {"s": j, "i": j}
 
     return launch(

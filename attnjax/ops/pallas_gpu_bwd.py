@@ -10,13 +10,14 @@ not depend on the order of programs: one program owns a tile of keys of one key/
 the tiles of queries of all its query heads; one owns a tile of queries and walks tiles of keys; one
 owns a tile of the bias and walks the examples and heads that share it.
 
-As in `pallas_gpu`, none of this has yet run on a GPU.
+None of this has yet run on a GPU; see `pallas_gpu`.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from attnjax.ops.mask import EMPTY
@@ -32,6 +33,7 @@ from attnjax.ops.pallas_gpu_tile import (
     positions,
     product,
     run,
+    split,
     store_rows,
     store_tile,
     store_vector,
@@ -101,9 +103,9 @@ def _key_gradients(plan, inputs):
         outputs["dbias_keys"] = jax.ShapeDtypeStruct((b, n, plan.s), jnp.float32)
 
     def where(program):
-        rest, j = jax.lax.div(program, count_k), jax.lax.rem(program, count_k)
-        head = jax.lax.rem(rest, k)
-        return {"b": jax.lax.div(rest, k), "n": head, "k": head, "s": j, "i": j}
+        rest, j = split(program, count_k)
+        example, head = split(rest, k)
+        return {"b": example, "n": head, "k": head, "s": j, "i": j}
 
     return launch(
         functools.partial(_key_kernel, plan, where),
@@ -164,7 +166,7 @@ def _key_kernel(plan, where, inputs, outputs):
         return dkey, dvalue
 
     state = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
-    dkey, dvalue = jax.lax.fori_loop(0, plan.group, of_head, state)
+    dkey, dvalue = jax.lax.fori_loop(np.int32(0), np.int32(plan.group), of_head, state)
     store_rows(outputs["dkey"], (0, all_keys, 0), dkey * plan.scale, is_key, plan.width)
     store_rows(outputs["dvalue"], (0, all_keys, 0), dvalue, is_key, plan.value_width)
 
@@ -186,10 +188,10 @@ def _query_gradient(plan, inputs):
     count_q, count_k = plan.counts(size)
 
     def where(program):
-        rest, i = jax.lax.div(program, count_q), jax.lax.rem(program, count_q)
-        head = jax.lax.rem(rest, n)
+        rest, i = split(program, count_q)
+        example, head = split(rest, n)
         i = count_q - 1 - i  # As in the forward kernel.
-        at = {"b": jax.lax.div(rest, n), "n": head, "k": jax.lax.div(head, plan.group)}
+        at = {"b": example, "n": head, "k": split(head, plan.group)[0]}
         return at | {"t": i, "i": i}
 
     return launch(
@@ -251,11 +253,11 @@ def _bias_gradient(plan, inputs):
     shares = (b if bias_b == 1 else 1, n if bias_n == 1 else 1)
 
     def where(program):
-        rest, j = jax.lax.div(program, count_k), jax.lax.rem(program, count_k)
-        rest, i = jax.lax.div(rest, count_q), jax.lax.rem(rest, count_q)
-        head = jax.lax.rem(rest, bias_n)
-        at = {"b": jax.lax.div(rest, bias_n), "n": head, "t": i, "s": j, "i": i, "j": j}
-        return at | {"k": jax.lax.div(head, plan.group)}
+        rest, j = split(program, count_k)
+        rest, i = split(rest, count_q)
+        example, head = split(rest, bias_n)
+        at = {"b": example, "n": head, "t": i, "s": j, "i": i, "j": j}
+        return at | {"k": split(head, plan.group)[0]}
 
     return launch(
         functools.partial(_bias_kernel, plan, where, shares),
@@ -279,11 +281,11 @@ def _bias_kernel(plan, where, shares, inputs, outputs):
     starts = (at["t"] * rows, at["s"] * columns)
 
     def of_head(index, total):
-        example, head = jax.lax.div(index, shares[1]), jax.lax.rem(index, shares[1])
+        example, head = split(index, shares[1])
         tile = Tile(plan, inputs, size, starts, (0, 0), (example, head), True)
 
         def compute():
-            at_keys = (example, tile.keys, jax.lax.div(head, plan.group))
+            at_keys = (example, tile.keys, split(head, plan.group)[0])
             key = load_rows(inputs["key"], at_keys, tile.real_keys, plan.width)
             value = load_rows(inputs["value"], at_keys, tile.real_keys, plan.value_width)
             query_side = _query_side(plan, inputs, tile)
@@ -296,7 +298,8 @@ def _bias_kernel(plan, where, shares, inputs, outputs):
         return total + jax.lax.cond(kind == EMPTY, lambda: jnp.zeros_like(total), compute)
 
     total = jnp.zeros(size, jnp.float32)
-    total = jax.lax.fori_loop(0, shares[0] * shares[1], of_head, total)
+    count = np.int32(shares[0] * shares[1])
+    total = jax.lax.fori_loop(np.int32(0), count, of_head, total)
     tile = Tile(plan, inputs, size, starts, (0, 0), (0, 0), True)
     is_real = (tile.real_queries, tile.real_keys)
     store_tile(outputs["dbias"], (0, 0), total, is_real)

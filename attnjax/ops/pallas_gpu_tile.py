@@ -295,6 +295,12 @@ def _vary(shape, axes):
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=kind)
 
 
+def split(index: Array, count: int) -> tuple[Array, Array]:
+    """Return quotient and remainder of an index that is not negative."""
+    count = np.int32(count)
+    return jax.lax.div(index, count), jax.lax.rem(index, count)
+
+
 def visit(step: Callable, carry: Any, inputs: dict, heads: tuple, count: int, ragged: bool) -> Any:
     """Fold `step(tile, carry, is_partial)` over the tiles to visit, FULL ones first.
 
@@ -310,14 +316,14 @@ def visit(step: Callable, carry: Any, inputs: dict, heads: tuple, count: int, ra
       The last state.
     """
     if "full" not in inputs:
-        full = count - ragged
-        carry = jax.lax.fori_loop(0, full, lambda j, c: step(j, c, False), carry)
-        return step(jnp.int32(full), carry, True) if ragged else carry
+        full = np.int32(count - ragged)
+        carry = jax.lax.fori_loop(np.int32(0), full, lambda j, c: step(j, c, False), carry)
+        return step(full, carry, True) if ragged else carry
     for name, is_partial in (("full", False), ("partial", True)):
         at = pick(inputs[name], *heads)
         tiles = inputs[name]
         carry = jax.lax.fori_loop(
-            0,
+            np.int32(0),
             inputs[f"{name}_count"][*at, 0],
             lambda j, c: step(tiles[*at, 0, j], c, is_partial),
             carry,
@@ -333,7 +339,7 @@ def pick(ref: Any, *indices: Any) -> tuple:
 def load_rows(ref: Any, index: tuple, is_real: Array | None, width: int) -> Array:
     """Load rows of heads, zero beyond the width and where `is_real [rows]` is False."""
     columns = ref.shape[-1]
-    mask = None if width == columns else (jnp.arange(columns) < width)[None, :]
+    mask = None if width == columns else (jnp.arange(columns, dtype=jnp.int32) < width)[None, :]
     if is_real is not None:
         mask = is_real[:, None] if mask is None else is_real[:, None] & mask
     return _load(ref, (*index, slice(None)), mask, 0)
@@ -342,7 +348,7 @@ def load_rows(ref: Any, index: tuple, is_real: Array | None, width: int) -> Arra
 def store_rows(ref: Any, index: tuple, rows: Array, is_real: Array | None, width: int) -> None:
     """Store rows of heads up to the width, where `is_real [rows]` is True."""
     columns = ref.shape[-1]
-    mask = None if width == columns else (jnp.arange(columns) < width)[None, :]
+    mask = None if width == columns else (jnp.arange(columns, dtype=jnp.int32) < width)[None, :]
     if is_real is not None:
         mask = is_real[:, None] if mask is None else is_real[:, None] & mask
     if mask is not None:
