@@ -27,6 +27,14 @@ import jax.numpy as jnp
 
 from attnjax.ops.attention import AttentionOutput, Call
 from attnjax.ops.bias import Bias
+from attnjax.ops.chunked_statistics import (
+    Collector,
+    collected_names,
+    collected_operands,
+    name_statistics,
+    needs_tiles,
+    tiles_to_store,
+)
 from attnjax.ops.chunked_tiles import Plan, Tiles, einsum, loop, with_scanned_gradient
 from attnjax.ops.dropout import dropout_seed
 from attnjax.ops.mask import Visibility
@@ -59,28 +67,30 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     rule, row_btn1 = (), None
     if call.normalizer is not None:
         rule, row_btn1 = (jax.tree.structure(call.normalizer),), _row_parameter(call)
+    collects = collected_names(call)
+    if tiles is None:
+        tiles = choose_tiles(b, n, t, s)
+        if needs_tiles(collects, bool(rule)):
+            tiles = tiles_to_store(tiles, call.scores_shape, call.key.shape[2])
     plan = Plan(
-        tiles=tiles or choose_tiles(b, n, t, s),
+        tiles=tiles,
         scores_shape=(b, n, t, s),
         key_heads=call.key.shape[2],
         scale=call.scale,
         softcap=call.softcap,
         dropout_rate=call.dropout_rate,
         rule=rule,
+        collects=collects,
     )
     seed = dropout_seed(call.dropout_key) if call.dropout_rate else None
     mask = plan.prepare_mask(call.visibility)
     operands = (call.query, call.key, call.value, call.bias, row_btn1, mask, seed)
-    varying, operands = _vary_alike(operands)
+    varying, operands = _vary_alike((*operands, collected_operands(call)))
     plan = dataclasses.replace(plan, varying=varying)
-    out, lse, sums = _attend_jit(plan, *operands)
+    out, lse, sums, collected = _attend_jit(plan, *operands)
     statistics = {}
     if call.statistics:
-        from attnjax.ops.chunked_statistics import measure
-
-        query, key, _, bias, row, mask, _ = jax.lax.stop_gradient(operands)
-        sums = jax.lax.stop_gradient(sums)
-        statistics = measure(plan, query, key, bias, row, mask, sums, call)
+        statistics = name_statistics(call, plan, *jax.lax.stop_gradient((lse, sums, collected)))
     return AttentionOutput(out=out, lse=lse if call.return_lse else None, statistics=statistics)
 
 
@@ -158,12 +168,12 @@ def _vary_alike(operands: Any) -> tuple[tuple[str, ...], Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, query, key, value, bias, row, mask, seed):
-    return _forward(plan, query, key, value, bias, row, mask, seed)[0]
+def _attend(plan, *operands):
+    return _forward(plan, *operands)[0]
 
 
 @with_scanned_gradient
-def forward(plan: Plan, query, key, value, bias, row, mask, seed) -> tuple:
+def forward(plan: Plan, query, key, value, bias, row, mask, seed, collected) -> tuple:
     """Compute the output, and of every row what the other passes need.
 
     Args:
@@ -175,23 +185,28 @@ def forward(plan: Plan, query, key, value, bias, row, mask, seed) -> tuple:
       row: `[b,t,n,1]` row parameter of the normalizer, or None.
       mask: a `TiledMask`, or None.
       seed: of dropout, or None.
+      collected: what the statistics need besides, from `collected_operands`.
 
     Returns:
-      `out [b,t,n,hv]` and the row's sums, a tuple of `[b,t,n,1]` or None: the maximum m of the
-      scores, log l, and the sum of the normalizer's terms.
+      `out [b,t,n,hv]`; the row's sums, a tuple of `[b,t,n,1]` or None: the maximum m of the
+      scores, log l, and the sum of the normalizer's terms; and the results of the `Collector`.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    by_query = jax.tree.map(plan.split_query, (query, row))
+    collector = Collector(plan)
+    by_query = jax.tree.map(plan.split_query, (query, row, collected["extra_logit"]))
+    count = jnp.arange(plan.tiles.queries)
+    is_row = lambda j: j * plan.tiles.queries + count < query.shape[1]
+    sets_all = jax.tree.map(plan.split_key, collected["sets"])
     key_all, value_all = plan.split_key(key), plan.split_key(value)
     bias_all = bias if bias is None or isinstance(bias, Bias) else plan.split_scores(bias)
     normalizer = plan.normalizer
     floor = EMPTY_LSE if normalizer is None else normalizer.floor
 
     def group_step(_, inputs):
-        u, by_query_u, key_u, value_u = inputs
+        u, by_query_u, key_u, value_u, sets_u = inputs
 
-        def query_step(_, inputs):
-            j, (query_bkgth, row_tile) = inputs
+        def query_step(kept, inputs):
+            j, (query_bkgth, row_tile, extra_logit) = inputs
 
             def scores_of(m, is_partial):
                 operands = query_bkgth, plan.take_keys(key_u, m), bias_all
@@ -210,18 +225,20 @@ def forward(plan: Plan, query, key, value, bias, row, mask, seed) -> tuple:
                 return top, shrink * total + jnp.exp(scores - top).sum(axis=-1, keepdims=True)
 
             def key_step(state, m, is_partial):
-                top, total, sum_bkgth = state
+                top, total, sum_bkgth, seen = state
                 scores = scores_of(m, is_partial)
                 if plan.shift == "max":
-                    top, shrink = raise_top(top, scores)
+                    old_top, (top, shrink) = top, raise_top(top, scores)
+                    seen = collector.shrink(seen, old_top - top, shrink, total)
                     total, sum_bkgth = shrink * total, shrink * sum_bkgth
                 weights, terms = plan.weigh(scores, top, log_total, row_tile)
+                seen = collector.see(seen, m, scores, top, weights)
                 if terms is not None:
                     total = total + terms.sum(axis=-1, keepdims=True)
                 if plan.dropout_rate:
                     weights = weights * plan.dropout(seed, (u, j, m)).astype(wide)
                 step = einsum("bkgts,bksh->bkgth", weights, plan.take_keys(value_u, m))
-                return top, total, sum_bkgth + step
+                return top, total, sum_bkgth + step, seen
 
             rows = query_bkgth.shape[:-1]
             top, total = (plan.full((*rows, 1), x, wide) for x in (floor, 0))
@@ -230,41 +247,51 @@ def forward(plan: Plan, query, key, value, bias, row, mask, seed) -> tuple:
                 top, total = plan.visit(mask, u, j, lse_step, (top, total))
                 log_total = jnp.log(jnp.where(total == 0, 1, total))
                 total = jnp.zeros_like(total)
-            start = (top, total, plan.full((*rows, value.shape[-1]), 0, wide))
-            top, total, sum_bkgth = plan.visit(mask, u, j, key_step, start)
+            sum_bkgth = plan.full((*rows, value.shape[-1]), 0, wide)
+            start = (top, total, sum_bkgth, collector.start(kept, rows, wide))
+            top, total, sum_bkgth, seen = plan.visit(mask, u, j, key_step, start)
             if normalizer is None:
                 # A row without keys keeps the initial maximum, EMPTY_LSE.
                 total = jnp.where(total == 0, 1, total)
-                out, log_total = sum_bkgth / total, jnp.log(total)
+                divisor, log_total = total, jnp.log(total)
                 total = None
             elif plan.has_denominator:
-                out = sum_bkgth / plan.denominator(total, top, log_total)
+                divisor = plan.denominator(total, top, log_total)
             else:
-                out, total = sum_bkgth, None
+                divisor, total = jnp.ones_like(total), None
+            visit = functools.partial(plan.visit, mask, u, j)
+            row_sums = (top, log_total, divisor, extra_logit)
+            kept, found = collector.finish(visit, kept, seen, row_sums, sets_u, is_row(j))
+            out = (sum_bkgth / divisor).astype(query.dtype)
             top = None if plan.shift == "none" else top
-            return None, (out.astype(query.dtype), (top, log_total, total))
+            return kept, (out, (top, log_total, total), found)
 
-        return None, loop(query_step, None, (jnp.arange(plan.counts[1]), by_query_u))[1]
+        kept = collector.begin(wide)
+        kept, results = loop(query_step, kept, (jnp.arange(plan.counts[1]), by_query_u))
+        return None, (results, kept.get("key_mass"))
 
-    inputs = (jnp.arange(plan.counts[0]), by_query, key_all, value_all)
-    _, results = loop(group_step, None, inputs)
-    return jax.tree.map(plan.join_query, results)
+    inputs = (jnp.arange(plan.counts[0]), by_query, key_all, value_all, sets_all)
+    _, (results, key_mass) = loop(group_step, None, inputs)
+    out, sums, found = jax.tree.map(plan.join_query, results)
+    if key_mass is not None:
+        found["key_mass"] = key_mass
+    return out, sums, found
 
 
 def _forward(plan, *operands):
-    out, sums = forward(plan, *operands)
+    out, sums, collected = forward(plan, *operands)
     top, log_total, _ = sums
     lse = None
     if not plan.rule:
         lse = (top + log_total)[..., 0].swapaxes(1, 2)
-    return (out, lse, sums), (operands, out, sums)
+    return (out, lse, sums, collected), (operands[:-1], out, sums)
 
 
 def _backward(plan, saved, cotangents):
     from attnjax.ops.chunked_bwd import backward
 
-    # The sums are for statistics, which carry no gradient.
-    return (*backward(plan, *saved, cotangents[:2]), None, None)
+    # Statistics, and the sums that they need, carry no gradient.
+    return (*backward(plan, *saved, cotangents[:2]), None, None, None)
 
 
 _attend.defvjp(_forward, _backward)

@@ -70,6 +70,7 @@ class Plan:
       key_heads: k.
       scale, softcap, dropout_rate: as in `Call`.
       rule: the structure of the `Elementwise` normalizer, without its arrays; empty for softmax.
+      collects: names of what `chunked_statistics` collects.
       varying: axes of an enclosing `shard_map` over which all arrays vary.
       skips: visit only scheduled tiles, in loops of dynamic length, which JAX cannot differentiate
         in reverse; otherwise visit all of them, with the mask.
@@ -82,6 +83,7 @@ class Plan:
     softcap: float | None
     dropout_rate: float
     rule: tuple[Any, ...] = ()
+    collects: tuple[str, ...] = ()
     varying: tuple[str, ...] = ()
     skips: bool = True
 
@@ -249,6 +251,12 @@ class Plan:
         array = array_ubksh.reshape(*self.cuts, *array_ubksh.shape[1:])
         array = jnp.einsum("icbksh->biskch", array)
         return array.reshape(b, -1, self.key_heads, array.shape[-1])[:, :s]
+
+    def join_mass(self, array_ubkgs: Array) -> Array:
+        """Turn what every key of `[u,bt,kt,g,m*ts]` has into `[b,n,s]`."""
+        b, n, _, s = self.scores_shape
+        array = array_ubkgs.reshape(*self.cuts, *array_ubkgs.shape[1:])
+        return jnp.einsum("icbkgs->bikcgs", array).reshape(b, n, -1)[..., :s]
 
     def join_scores(self, array: Array, shape: tuple[int, ...]) -> Array:
         """Undo `split_scores` for an array whose own shape was `shape`."""
