@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags
@@ -58,15 +59,22 @@ def run(main: Callable[[], int | None]) -> None:
 def _start_logging() -> None:
     # Libraries that log through absl keep to warnings; our own lines are the ones to read.
     absl_logging.set_verbosity(absl_logging.WARNING)
-    # A save that fails reaches the user as one line; the storage layers add pages of tracebacks.
-    absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
-    sys.unraisablehook = _show_unraisable
+    _silence_failed_saves()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("attnjax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def _silence_failed_saves() -> None:
+    # A save that fails reaches the user as one line. Storage layers add pages of tracebacks, for
+    # each array whose write failed or was given up, some of them after that line.
+    absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = _show_unraisable
 
 
 def _show_unraisable(failure) -> None:
