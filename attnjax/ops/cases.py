@@ -248,6 +248,10 @@ CASES = (
         for name in norms.NORMALIZERS
     ),
     *(Case(f"single_{name}", t=1, s=1, n=1, k=1, normalizer=name) for name in norms.NORMALIZERS),
+    *(
+        Case(f"one_query_{name}", t=1, normalizer=name, mask="padding", bias="keys")
+        for name in norms.NORMALIZERS
+    ),
     Case("length_200", b=1, t=200, s=200, n=2, k=1, h=8, hv=8, mask="documents"),
     Case("empty_tiles", t=200, s=200, n=2, k=1, h=8, hv=8, mask="ragged"),
     Case("dropout", dropout_rate=0.3),

@@ -77,26 +77,26 @@ def test_derivatives_equal_differences(name):
     """First order, forward mode and second order, in all inputs and parameters, in float64."""
     with jax.enable_x64(True):
         loss, point = loss_of(name)
-        gradient = jax.grad(loss)
+        both = jax.jit(jax.value_and_grad(loss))
+        gradient = lambda point: both(point)[1]
         slope = gradient(point)
         rng = np.random.default_rng(8)
         flat, tree = jax.tree.flatten(point)
         for i, leaf in enumerate(flat):
             along = rng.standard_normal(leaf.shape)
-            side = lambda sign: loss(
+            side = lambda sign: both(
                 tree.unflatten(
                     [x + sign * STEP * along if j == i else x for j, x in enumerate(flat)]
                 )
-            )
+            )[0]
             expected = (side(1) - side(-1)) / (2 * STEP)
             found = jnp.vdot(jax.tree.leaves(slope)[i], along)
             np.testing.assert_allclose(found, expected, rtol=DIFFERENCE, atol=DIFFERENCE)
         along = jax.tree.map(lambda x: rng.standard_normal(x.shape), point)
         move = lambda sign: jax.tree.map(lambda x, v: x + sign * STEP * v, point, along)
         pulled = sum(map(jnp.vdot, jax.tree.leaves(slope), jax.tree.leaves(along)))
-        pushed = jax.jvp(loss, (point,), (along,))[1]
+        pushed, second = jax.jit(lambda *a: jax.jvp(both, *a)[1])((point,), (along,))
         np.testing.assert_allclose(pushed, pulled, rtol=1e-10, atol=1e-10)
-        second = jax.jvp(gradient, (point,), (along,))[1]
         ahead, behind = gradient(move(1)), gradient(move(-1))
         for a, b, c in zip(*map(jax.tree.leaves, (second, ahead, behind)), strict=True):
             size = max(1.0, float(np.abs(a).max()))

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Properties of attention over drawn shapes, masks and groups of heads."""
 
+import functools
+
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,15 +17,22 @@ TOLERANCE = 1e-5
 
 
 @st.composite
-def cases(draw):
-    """Few shapes, because every one is compiled anew."""
+def cases(draw, lengths, heads):
     mask = draw(st.sampled_from([None, *MASKS]))
-    t, s = (7, 7) if mask in SQUARE else draw(st.sampled_from([(1, 7), (7, 7), (7, 3)]))
-    n, k = draw(st.sampled_from([(6, 2), (6, 6), (6, 1)]))
+    t, s = draw(lengths)
+    n, k = draw(heads)
     return Case(
-        "drawn", t=t, s=s, n=n, k=k, mask=mask, bias=draw(st.sampled_from([None, *BIASES])),
-        softcap=draw(st.sampled_from([None, 2.0])),
+        "drawn", t=s if mask in SQUARE else t, s=s, n=n, k=k, mask=mask,
+        bias=draw(st.sampled_from([None, *BIASES])), softcap=draw(st.sampled_from([None, 2.0])),
     )  # fmt: skip
+
+
+# Few, because every shape is compiled anew.
+NARROW = cases(st.sampled_from([(1, 7), (7, 7), (7, 3)]), st.sampled_from([(6, 2), (6, 6), (6, 1)]))
+WIDE = cases(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.tuples(st.integers(1, 4), st.integers(1, 3)).map(lambda x: (x[0] * x[1], x[1])),
+)
 
 
 def run(case, seed, arrays=None, implementation="reference", **more):
@@ -30,9 +40,7 @@ def run(case, seed, arrays=None, implementation="reference", **more):
     return attention(*arrays, **case.options(seed), implementation=implementation, **more)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(cases(), st.integers(0, 3))
-def test_reference(case, seed):
+def check_reference(case, seed):
     """Weights are a distribution over what is visible; what is hidden does not matter."""
     query, key, value = case.arrays(seed)
     result = run(case, seed, return_lse=True, return_probabilities=True, return_scores=True)
@@ -64,10 +72,38 @@ def test_reference(case, seed):
         np.testing.assert_array_equal(np.where(hidden, gradient, 0), 0)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(cases(), st.integers(0, 3))
-def test_chunked_agrees(case, seed):
+def check_chunked(case, seed):
     theirs = run(case, seed, return_lse=True)
     ours = run(case, seed, return_lse=True, implementation="chunked")
     np.testing.assert_allclose(ours.out, theirs.out, atol=TOLERANCE)
     np.testing.assert_allclose(ours.lse, theirs.lse, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+examples = functools.partial(settings, deadline=None, derandomize=True)
+seeds = st.integers(0, 3)
+
+
+@examples(max_examples=24)
+@given(NARROW, seeds)
+def test_reference(case, seed):
+    check_reference(case, seed)
+
+
+@examples(max_examples=10)
+@given(NARROW, seeds)
+def test_chunked_agrees(case, seed):
+    check_chunked(case, seed)
+
+
+@pytest.mark.slow
+@examples(max_examples=100)
+@given(WIDE, seeds)
+def test_reference_of_any_shape(case, seed):
+    check_reference(case, seed)
+
+
+@pytest.mark.slow
+@examples(max_examples=100)
+@given(WIDE, seeds)
+def test_chunked_agrees_in_any_shape(case, seed):
+    check_chunked(case, seed)
