@@ -83,7 +83,9 @@ def test_probabilities_are_the_weights():
     assert_close(result.out, mixed)
 
 
-@pytest.mark.parametrize("implementation", SERVED)
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("chunked", marks=pytest.mark.slow)]
+)
 def test_masks_and_biases_broadcast(implementation):
     case = BY_NAME["plain"]
     arrays = case.arrays()

@@ -71,10 +71,12 @@ def test_weights_are_those_of_the_definition(seed):
         visible &= np.arange(s) < np.array([17, 11])[:, None, None, None]
     query, key, value = arrays(t, s, seed)
     made = normalizers.Grouped(is_landmark if seed else jnp.asarray(is_landmark))
-    result = attention(
-        query, key, value, mask=mask.causal() & mask.array(visible), normalizer=made,
-        return_probabilities=True,
-    )  # fmt: skip
+    result = compiled(
+        lambda *arrays: attention(
+            *arrays, mask=mask.causal() & mask.array(visible), normalizer=made,
+            return_probabilities=True,
+        )
+    )(query, key, value)  # fmt: skip
     expected = by_hand(query, key, is_landmark, visible)
     np.testing.assert_allclose(result.probabilities, expected, atol=TOLERANCE)
     columns = np.broadcast_to(is_landmark[:, None, None], expected.shape)
@@ -91,9 +93,13 @@ def test_weights_are_those_of_the_definition(seed):
 def test_rows_sum_to_one(block):
     query, key, value = arrays(17, 17)
     made = normalizers.Grouped(regular(17, block))
-    p = attention(
-        query, key, value, mask=mask.causal(), normalizer=made, return_probabilities=True
-    ).probabilities
+    p = compiled(
+        lambda *arrays: (
+            attention(
+                *arrays, mask=mask.causal(), normalizer=made, return_probabilities=True
+            ).probabilities
+        )
+    )(query, key, value)
     np.testing.assert_allclose(p.sum(-1), 1, atol=TOLERANCE)
 
 

@@ -50,9 +50,9 @@ def test_random_splits(seed):
     parts[0, :, 1] = 2  # All in one part.
     parts[parts == seed] = 3  # One part is empty for everybody.
     whole = lambda *a: attention(*a, mask=visible, return_lse=True, implementation="reference")
-    expected = whole(*arrays)
+    expected = jax.jit(whole)(*arrays)
     merged = split(parts, visible)
-    out, lse = merged(*arrays)
+    out, lse = jax.jit(merged)(*arrays)
     np.testing.assert_allclose(out, expected.out, atol=TOLERANCE)
     np.testing.assert_allclose(lse, expected.lse, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_array_equal(lse[~visible.any(-1)], np.float32(EMPTY_LSE))
@@ -64,7 +64,7 @@ def test_random_splits(seed):
             out, lse = run(*arrays)
             return (out * dout).sum() + (jnp.where(lse > -1e29, lse, 0) * dlse).sum()
 
-        return jax.grad(of)(arrays)
+        return jax.jit(jax.grad(of))(arrays)
 
     both = loss(merged), loss(lambda *a: (whole(*a).out, whole(*a).lse))
     for ours, theirs in zip(*both, strict=True):

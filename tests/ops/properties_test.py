@@ -83,7 +83,7 @@ examples = functools.partial(settings, deadline=None, derandomize=True)
 seeds = st.integers(0, 3)
 
 
-@examples(max_examples=24)
+@examples(max_examples=16)
 @given(NARROW, seeds)
 def test_reference(case, seed):
     check_reference(case, seed)

@@ -60,12 +60,14 @@ def test_choice(name, is_shared):
         allowed = np.ones((B, N, t, s), bool)
         if MASKS[name] is not None:
             allowed &= MASKS[name].dense_bnts(t, s)
-        made = select_blocks(
-            query, key, block_q=block_q, block_k=block_k, top_k=top_k, mask=MASKS[name],
-            is_shared=is_shared,
-        )  # fmt: skip
+        dense = jax.jit(
+            lambda query, key: select_blocks(
+                query, key, block_q=block_q, block_k=block_k, top_k=top_k, mask=MASKS[name],
+                is_shared=is_shared,
+            ).dense_bnts(t, s)
+        )(query, key)  # fmt: skip
         expected = by_hand(query, key, block_q, block_k, top_k, allowed, is_shared)
-        dense = np.broadcast_to(made.dense_bnts(t, s), expected.shape)
+        dense = np.broadcast_to(dense, expected.shape)
         np.testing.assert_array_equal(dense, expected)
 
 
