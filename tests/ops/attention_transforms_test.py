@@ -108,7 +108,7 @@ def test_recomputation_changes_nothing(implementation):
 
 
 @both
-@pytest.mark.parametrize("name", ["everything", "tiled"])
+@pytest.mark.parametrize("name", ["everything", pytest.param("tiled", marks=pytest.mark.slow)])
 def test_sharded_inputs_give_the_same(name, implementation):
     """Examples over two axes, heads over the third; the result stays where its examples are."""
     run, arrays = call(dataclasses.replace(BY_NAME[name], b=4), implementation)
@@ -151,7 +151,7 @@ def test_forward_mode_is_refused_where_it_is_not_served():
 
 
 @both
-@pytest.mark.parametrize("name", ["mask_dense", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("mask_dense", marks=pytest.mark.slow), "everything"])
 def test_second_order(name, implementation):
     """The Hessian along a direction against differences of float64 gradients."""
     run, arrays = call(name, implementation)

@@ -87,7 +87,7 @@ def test_attention_with_it_equals_attention_with_its_array(name):
         out = attention(*arrays, bias=bias, mask=mask.causal(), implementation=implementation)
         return (out**2).sum(), out
 
-    run = jax.value_and_grad(total, has_aux=True)
+    run = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=(1, 2))
     (_, expected), slope = run(made, "reference", True)
     for implementation in ("reference", "chunked"):
         (_, out), found = run(made, implementation, False)

@@ -29,21 +29,27 @@ STEP = 1e-5
 
 MATRIX = {
     (mask, normalizer): Case(
-        f"{mask}_with_{normalizer}", t=9, hv=6, mask=mask, normalizer=normalizer, bias="heads"
+        f"{mask}_with_{normalizer}", t=9, hv=6, mask=mask, normalizer=normalizer, bias="heads",
+        softcap=3.0,
     )
     for mask in MASKS
     for normalizer in NORMALIZERS
-}
-"""Every normalizer with every mask, and with a bias."""
+}  # fmt: skip
+"""Every normalizer with every mask, and with a bias and a cap."""
 
 BY_NAME = {case.name: case for case in (*CASES, *MATRIX.values())}
 
 COMPILED = (
     "one_query", "bias_blocked", "bias_buckets", "extreme", "empty_tiles", "everything",
-    *(f"normalizer_{name}" for name in NORMALIZERS), *(f"extreme_{name}" for name in NORMALIZERS),
-    *(f"one_query_{name}" for name in NORMALIZERS),
+    *(f"extreme_{name}" for name in NORMALIZERS), *(f"one_query_{name}" for name in NORMALIZERS),
 )  # fmt: skip
 """Cases that `chunked` compiles in the default run; `chunked_test` has others."""
+
+REPEATED = (
+    "tiled", "tiled_dropout", *(f"normalizer_{name}" for name in NORMALIZERS),
+    *(f"one_query_{name}" for name in NORMALIZERS),
+)  # fmt: skip
+"""Cases of all but `chunked` left out of the default run: large, or much like others."""
 
 HALF = (
     "softcap", "extreme", "everything", "bias_blocked",
@@ -53,7 +59,7 @@ HALF = (
 UNLIKE = ("dense", "causal_segments", "ragged", "blocks")
 """Masks that need programs unlike each other: any, rows and segments, empty rows, rows per head."""
 
-COMMON = ((6, 9, 4, 2), (9, 9, 4, 2))
+COMMON = ((6, 9, 4, 2), (9, 9, 4, 2), (1, 9, 4, 2))
 """Sizes t, s, n, k that most cases have."""
 
 REFUSED = {"reference": set(), "chunked": {"normalizer"}}
@@ -360,7 +366,7 @@ def pairs(names, dtype):
     result = []
     for implementation in SERVED:
         for name in names:
-            quick = name in COMPILED if implementation == "chunked" else "tiled" not in name
+            quick = name in COMPILED if implementation == "chunked" else name not in REPEATED
             if dtype == "bfloat16":
                 quick = quick and name in HALF
             marks = () if quick else pytest.mark.slow
@@ -386,9 +392,8 @@ def rows_of_the_matrix():
     for implementation in SERVED:
         for mask in MASKS:
             for dtype in ("float32", "bfloat16"):
-                quick = mask == "dense" or (
-                    dtype == "float32" and (mask in UNLIKE or implementation != "chunked")
-                )
+                unlike = ("ragged",) if implementation == "reference" else UNLIKE
+                quick = mask == "dense" or (mask in unlike and dtype == "float32")
                 marks = () if quick else pytest.mark.slow
                 result.append(pytest.param(implementation, mask, dtype, marks=marks))
     return result
