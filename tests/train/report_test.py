@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attnjax.errors import AttnjaxError
 from attnjax.train import figures, report
 
 
@@ -115,6 +116,17 @@ while True:
     assert len(raw) - len(steps) <= 1
 
 
+def test_a_report_that_does_not_fit_names_its_folder(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(AttnjaxError, match=r"report cannot be written: .*too large"):
+            report.final_report(tmp_path, {}, {"val/accuracy": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "report").iterdir())
+
+
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
     writer = report.MetricsWriter(tmp_path, tensorboard=False)
     writer.write(1, {"train/loss": 1.0})
@@ -122,7 +134,7 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, hard))
     try:
-        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written"):
+        with pytest.raises(AttnjaxError, match=r"metrics\.jsonl cannot be written"):
             writer.write(2, {"train/loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -171,14 +183,15 @@ def test_tensorboard_resumes_in_a_new_file_that_purges_later_steps(tmp_path):
 
 def test_environment_says_what_ran_and_keeps_no_secret(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["train.py", "--hf_token=abc", "--api_key", "def", "--config=x.py"]
+        sys, "argv", ["train.py", "--hf_token=SECRET-1", "--api_key", "SECRET-2", "--config=x.py"]
     )
-    monkeypatch.setenv("HF_TOKEN", "ghi")
+    monkeypatch.setenv("HF_TOKEN", "SECRET-3")
     path = report.write_environment(tmp_path)
     text = path.read_text()
     record = json.loads(text)
     assert record["command"] == ["train.py", "--hf_token=***", "--api_key", "***", "--config=x.py"]
-    assert not any(secret in text for secret in ("abc", "def", "ghi"))
+    # Not three letters: a commit's hexadecimal digits may spell those.
+    assert "SECRET" not in text
     assert record["packages"]["jax"] == jax.__version__
     assert record["devices"] == {jax.devices()[0].device_kind: 8}
     assert record["processes"] == 1
