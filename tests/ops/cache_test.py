@@ -269,7 +269,7 @@ def test_streaming_cache_that_is_large_enough_is_full_attention():
         feed(stepper(rotate=rope), state, streams, chunks, CHUNK)[0]
         for state in (
             FullCache.empty(**SIZES, capacity=40),
-            SinkWindowCache.empty(**SIZES, sinks=4, window=32, chunk=CHUNK),
+            SinkWindowCache.empty(**SIZES, sinks=4, window=length - 4, chunk=CHUNK),
         )
     )
     np.testing.assert_allclose(streaming, full, atol=1e-6)
