@@ -5,16 +5,11 @@ import contextlib
 import dataclasses
 import doctest
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from attnjax.ops import attention, cache, mask
 from attnjax.ops.bias import Bias
@@ -139,6 +134,10 @@ CACHES = {
         functools.partial(SinkWindowCache.empty, sinks=3, window=5, positions="absolute"),
         shown(5, 3),
     ),
+    "fewer in the window than sinks": (
+        functools.partial(SinkWindowCache.empty, sinks=5, window=2, positions="absolute"),
+        shown(2, 5),
+    ),
     "sinks for chunks": (
         functools.partial(SinkWindowCache.empty, sinks=4, window=7, chunk=4, positions="absolute"),
         shown(7, 4),
@@ -161,7 +160,7 @@ def assert_rows(found, expected, lengths, tolerance):
     [
         ("full", False), ("full", True), ("paged", True), ("window", True),
         ("window of one", False), ("window for whole chunks", False), ("sinks", False),
-        ("sinks for chunks", True),
+        ("sinks for chunks", True), ("fewer in the window than sinks", True),
     ],
 )  # fmt: skip
 def test_chunks_equal_the_parallel_form(name, is_rotated_at_use):
@@ -200,20 +199,6 @@ def test_storage_has_a_dtype_of_its_own():
     assert (state.key.dtype, state.value.dtype) == (jnp.bfloat16, jnp.float32)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, atol=BF16, rtol=BF16)
-
-
-@pytest.mark.parametrize("name", ["full", "paged", "sinks"])
-def test_a_prompt_then_single_tokens(name):
-    make, pattern = CACHES[name]
-    streams = tokens(max(LENGTHS))
-    expected = parallel(*streams, pattern)
-    prompt, steps = np.array([17, 12, 0]), 13
-    found, state = feed(stepper(), make(**SIZES), streams, [prompt], 17)
-    later = [np.stack([np.roll(x[i], -prompt[i], axis=0) for i in range(B)]) for x in streams]
-    more, _ = feed(stepper(), state, later, [np.ones(B, int)] * steps, 1)
-    for i, start in enumerate(prompt):
-        found[i, start : start + steps] = more[i, :steps]
-    assert_rows(found, expected, prompt + steps, F32)
 
 
 def streaming_oracle(query, key, value, sinks, window):
@@ -330,7 +315,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("name", ["full", "paged", "sinks for chunks"])
+@pytest.mark.parametrize("name", ["full", "paged", "window", "sinks for chunks"])
 def test_all_steps_share_one_compilation(name):
     make, _ = CACHES[name]
     state, step = make(**SIZES), stepper.__wrapped__(rotate=rope)
@@ -339,27 +324,6 @@ def test_all_steps_share_one_compilation(name):
         for lengths in ([5, 0, 2], [1, 0, 5], [0, 0, 0], [3, 4, 5], [5, 5, 5], [2, 1, 0]):
             _, state = step(state, query, key, value, np.array(lengths, np.int32))
     assert len(found) == 1
-
-
-def test_scan_over_64_steps_with_a_donated_cache():
-    streams = tokens(64)
-    expected = parallel(*streams, shown(8, 4))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run(state, query, key, value):
-        def step(state, token):
-            out, state = append_and_attend(*(x[:, None] for x in token), state)
-            return state, out[:, 0]
-
-        state, outs = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (query, key, value)])
-        return outs.swapaxes(0, 1), state
-
-    state = SinkWindowCache.empty(**SIZES, sinks=4, window=8)
-    given = state.key
-    out, state = run(state, *streams)
-    assert given.is_deleted()
-    np.testing.assert_allclose(out, expected, atol=F32, rtol=F32)
-    np.testing.assert_array_equal(state.length, 64)
 
 
 def test_vmap_over_layers():
@@ -371,86 +335,7 @@ def test_vmap_over_layers():
     assert states.length.shape == (2, B)
 
 
-COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
-
-
-@pytest.mark.parametrize("kind", ["full", "sinks"])
-def test_sharded_batch_and_heads_need_no_communication(kind):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    sizes = dict(batch=8, heads=2, width=H)
-    make = {
-        "full": lambda: FullCache.empty(**sizes, capacity=16),
-        "sinks": lambda: SinkWindowCache.empty(**sizes, sinks=2, window=6, chunk=3),
-    }[kind]
-    spec = lambda x: NamedSharding(mesh, P("data", None, "model") if x.ndim == 4 else P("data"))
-    place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, spec(x)), tree)
-    x = jax.random.normal(jax.random.key(1), (8, 3, 2, H))
-    step = lambda state, x: append_and_attend(x, x, x, state, rotate=rope)
-    sharded = jax.jit(step)
-    alone, _ = sharded(make(), x)
-    state, x = place(make()), place(x)
-    assert not COLLECTIVE.search(sharded.lower(state, x).compile().as_text())
-    out, state = sharded(state, x)
-    np.testing.assert_allclose(out, alone, atol=1e-6)
-    assert state.key.sharding.spec == P("data", None, "model")
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6), st.booleans()), max_size=14))
-def test_pages_equal_slots_whatever_is_taken_and_given_back(events):
-    pages, size, most = 9, 3, 4
-    page = PagedCache.empty(
-        **SIZES, pages=pages, page_size=size, max_pages_per_sequence=most
-    )  # fmt: skip
-    full = FullCache.empty(**SIZES, capacity=size * most)
-    lengths = np.zeros(B, int)
-    query, key, value = tokens(6, seed=len(events))
-    for example, count, ends in events:
-        if ends:
-            gone = np.arange(B) == example
-            page, full = _free(page, gone), _free(full, gone)
-            lengths[example] = 0
-            continue
-        wanted = np.where(np.arange(B) == example, count, 1)
-        grown = lengths + wanted
-        needed = -(-grown // size)
-        if grown.max() > size * most or needed.sum() > pages:
-            with pytest.raises(ValueError, match=r"pages are needed|has room for 12"):
-                page.append(key, value, wanted)
-            continue
-        step = _paged_steps
-        one, page = step(page, query, key, value, wanted.astype(np.int32))
-        two, full = step(full, query, key, value, wanted.astype(np.int32))
-        np.testing.assert_allclose(one, two, atol=1e-6)
-        lengths = grown
-        assert int(page.is_free().sum()) == pages - needed.sum()
-        held = np.asarray(page.table)
-        assert len({*held[held >= 0]}) == needed.sum()
-        assert not page.overflowed().any()
-
-
 _free = jax.jit(lambda state, examples: state.free(examples))
-
-
-@jax.jit
-def _paged_steps(state, query, key, value, lengths):
-    return append_and_attend(query, key, value, state, lengths=lengths)
-
-
-def test_pages_of_others_are_out_of_sight():
-    state = PagedCache.empty(
-        **SIZES, pages=2, page_size=4, max_pages_per_sequence=2
-    )  # fmt: skip
-    query, key, value = tokens(3)
-    step = _paged_steps
-    # The lowest page is the first example's and holds NaN.
-    state = state.append(key * jnp.nan, value * jnp.nan, jnp.array([3, 0, 0]))
-    out, state = step(state, query, key, value, np.array([0, 0, 3]))
-    expected = parallel(query, key, value, mask.causal())
-    np.testing.assert_allclose(out[2], expected[2], atol=F32, rtol=F32)
-    state = state.free(jnp.array([True, False, False]))
-    out, _ = step(state, query, key, value, np.array([0, 3, 0]))
-    np.testing.assert_allclose(out[1], expected[1], atol=F32, rtol=F32)
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -611,6 +496,9 @@ def test_refusals_name_what_is_wrong():
         (ValueError, r"lengths must be integers \[b\] = \(3,\)",
          lambda: full.append(key, value, np.array([1.0, 2, 0]))),
         (ValueError, r"examples must be bool", lambda: full.free(jnp.array([0, 1, 0]))),
+        (ValueError, r"page_size=0",
+         lambda: PagedCache.empty(**SIZES, pages=1, page_size=0, max_pages_per_sequence=1)),
+        (ValueError, r"window=0", lambda: SinkWindowCache.empty(**SIZES, window=0)),
         (ValueError, r"capacity=0", lambda: FullCache.empty(**SIZES, capacity=0)),
         (ValueError, r"sinks=-1", lambda: SinkWindowCache.empty(**SIZES, window=2, sinks=-1)),
         (ValueError, r"positions='slot' .*'cache', 'absolute'",
@@ -631,5 +519,6 @@ def test_refusals_name_what_is_wrong():
 
 
 def test_documentation_runs():
-    result = doctest.testmod(cache)
-    assert result.attempted >= 6 and result.failed == 0
+    for module, examples in ((cache, 6), (cache.paged, 9)):
+        result = doctest.testmod(module)
+        assert result.attempted >= examples and result.failed == 0

@@ -2,7 +2,9 @@
 """Decoding with the axis of keys in parts, on one device and over several."""
 
 import dataclasses
+import doctest
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -218,3 +220,8 @@ def test_refusals_name_what_is_wrong():
             call()
     with pytest.raises(ValueError, match="must be a Mask"):
         sharded(2, mask=np.ones((1, S), bool))(query, key, value, LENGTHS)
+
+
+def test_documentation_runs():
+    result = doctest.testmod(importlib.import_module("attnjax.ops.decode"))
+    assert result.attempted >= 8 and result.failed == 0

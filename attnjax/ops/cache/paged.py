@@ -26,8 +26,22 @@ class PagedCache(Cache):
 
     Which pages are free follows from the table alone, so allocation is a function of values: an
     append takes the lowest free pages, example by example, and `free` gives back and clears those
-    of finished examples. The pool cannot be sharded along the batch. Attending gathers the pages of
-    every example, so it costs a copy of them.
+    of finished examples. `share` lets examples begin with the tokens of another: its full pages,
+    which nobody writes any more, are then held by all of them, until the last one is freed. The
+    pool cannot be sharded along the batch. Attending gathers the pages of every example, so it
+    costs a copy of them.
+
+        >>> import jax.numpy as jnp
+        >>> sizes = dict(pages=6, page_size=4, max_pages_per_sequence=3)
+        >>> cache = PagedCache.empty(batch=2, heads=1, width=8, **sizes)
+        >>> prompt_bckh = jnp.ones((2, 9, 1, 8))
+        >>> cache = cache.append(prompt_bckh, prompt_bckh, lengths=jnp.array([9, 0]))
+        >>> cache = cache.share(0, jnp.array([False, True]))  # The second begins with it as well.
+        >>> cache.table.tolist(), cache.length.tolist()
+        ([[0, 1, 2], [0, 1, 3]], [9, 9])
+        >>> cache = cache.free(jnp.array([True, False]))
+        >>> cache.is_free().tolist()
+        [False, False, True, False, True, True]
 
     Attributes:
       key: `[pages, page_size, k, h]`.
@@ -122,8 +136,61 @@ class PagedCache(Cache):
         wipe = lambda x: jnp.where(gone, jnp.zeros((), x.dtype), x)
         return dataclasses.replace(after, key=wipe(self.key), value=wipe(self.value))
 
+    def share(
+        self, source: Array | int, examples: Array, tokens: Array | int | None = None
+    ) -> Self:
+        """Return the cache with some examples beginning with the first tokens of another.
+
+        Full pages are not copied; of one that is not full each example gets a copy.
+
+        Args:
+          source: int, the example that has the tokens.
+          examples: bool `[b]`, those that are to begin with them; what they held is freed. The
+            source stays as it is.
+          tokens: int, how many of its tokens; all if None. Traced numbers are clipped to
+            [0, length of the source].
+
+        Returns:
+          The cache. No token of these examples is fresh. Where no page is left for the copy, an
+          example has overflowed.
+
+        Raises:
+          ValueError: the source is not an example, it has fewer tokens, or, where lengths are
+            known, no page is left.
+        """
+        examples = self._check_examples(examples)
+        self._check_share(source, tokens)
+        b, count = self.table.shape
+        source = jnp.asarray(source, jnp.int32)
+        is_new = examples & (jnp.arange(b) != source)
+        after = self.free(is_new)
+        length = after.length[source]
+        if tokens is not None:
+            length = jnp.clip(jnp.asarray(tokens, jnp.int32), 0, length)
+        full, rest = length // self.page_size, length % self.page_size
+        entry = jnp.arange(count, dtype=jnp.int32)
+        held = after.table[source]
+        prefix = jnp.where(entry < full, held, -1)
+        after = dataclasses.replace(
+            after,
+            table=jnp.where(is_new[:, None], prefix, after.table),
+            length=jnp.where(is_new, length, after.length),
+        )
+        original = held[jnp.clip(full, 0, count - 1)]
+        is_wanted = is_new[:, None] & (entry == full) & (rest > 0) & (original >= 0)
+        after._check_free(is_wanted.sum())
+        table = after._allocate(is_wanted)
+        pages = self.key.shape[0]
+        copies = jnp.where(is_wanted & (table >= 0), table, pages).ravel()
+        # What lies behind the last token of a page must stay zero.
+        is_token = (jnp.arange(self.page_size) < rest)[:, None, None]
+        put = lambda pool: pool.at[copies].set(jnp.where(is_token, pool[original], 0), mode="drop")
+        return dataclasses.replace(after, key=put(after.key), value=put(after.value), table=table)
+
     def _store(self, key, value, position_bc, is_token_bc):
-        table = self._allocate()
+        # What an earlier append lacked is lost: a page for it now would hide that.
+        is_new = self._is_needed(self.length) & ~self._is_needed(self.length - self.fresh)
+        table = self._allocate(is_new & (self.table < 0))
         pages, size = self.key.shape[:2]
         b, chunk = position_bc.shape
         index = jnp.clip(position_bc // size, 0, table.shape[1] - 1)
@@ -140,9 +207,8 @@ class PagedCache(Cache):
             self, key=put(self.key, key), value=put(self.value, value), table=table
         )
 
-    def _allocate(self):
-        """Return the table with a page wherever the length needs one and one is left."""
-        is_wanted = self._is_needed(self.length) & (self.table < 0)
+    def _allocate(self, is_wanted):
+        """Return the table with a page in each of these entries for which one is left."""
         is_free = self.is_free()
         rank = (jnp.cumsum(is_wanted) - 1).reshape(is_wanted.shape)
         # The lowest free pages first.
@@ -157,16 +223,38 @@ class PagedCache(Cache):
 
     def _check_room(self, lengths):
         super()._check_room(lengths)
-        before, more, free = known(self.length), known(lengths), known(self.is_free())
-        if before is None or more is None or free is None:
+        before, more = known(self.length), known(lengths)
+        if before is None or more is None:
             return
         size = self.page_size
-        needed = sum(
-            math.ceil((old + new) / size) - math.ceil(old / size)
-            for old, new in zip(before, more, strict=True)
+        self._check_free(
+            sum(
+                math.ceil((old + new) / size) - math.ceil(old / size)
+                for old, new in zip(before, more, strict=True)
+            )
         )
-        if needed > sum(free):
+
+    def _check_free(self, needed):
+        needed, free = known(needed), known(self.is_free())
+        if needed is not None and free is not None and needed > sum(free):
             raise ValueError(
                 f"{needed} more pages are needed, but {sum(free)} of {len(free)} are free: free "
                 "finished examples, or make the cache with more pages"
+            )
+
+    def _check_share(self, source, tokens):
+        for name, number in (("source", source), ("tokens", 0 if tokens is None else tokens)):
+            if jnp.shape(number) or not jnp.issubdtype(jnp.result_type(number), jnp.integer):
+                raise ValueError(f"{name} must be an integer, got {number!r}")
+        example, lengths = known(source), known(self.length)
+        if example is None:
+            return
+        if not 0 <= example < self.length.shape[0]:
+            raise ValueError(
+                f"source={example}: choose from 0 to {self.length.shape[0] - 1}, the examples"
+            )
+        count = None if tokens is None else known(tokens)
+        if lengths is not None and count is not None and not 0 <= count <= lengths[example]:
+            raise ValueError(
+                f"tokens={count}: choose from 0 to {lengths[example]}, what example {example} has"
             )
