@@ -9,13 +9,14 @@ attended at the same time, on one device (`splits`) or on all that hold a share 
 (`axis_name`), and merged exactly in float32. Keys are read once; scores of all of them exist, which
 is little for a few queries.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import functools, jax, jax.numpy as jnp
     >>> from attnjax.ops import decode_attention
     >>> random = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
     >>> query_btnh, key_bskh = random(0, 2, 1, 4, 8), random(1, 2, 64, 2, 8)
     >>> lengths = jnp.array([64, 5])  # The second example fills one part of eight.
-    >>> plain = decode_attention(query_btnh, key_bskh, key_bskh, lengths)
-    >>> split = decode_attention(query_btnh, key_bskh, key_bskh, lengths, splits=8)
+    >>> plain = jax.jit(decode_attention)(query_btnh, key_bskh, key_bskh, lengths)
+    >>> in_parts = jax.jit(functools.partial(decode_attention, splits=8))
+    >>> split = in_parts(query_btnh, key_bskh, key_bskh, lengths)
     >>> split.shape, bool(jnp.allclose(split, plain, atol=1e-6))
     ((2, 1, 4, 8), True)
 """

@@ -90,7 +90,7 @@ def test_pages_of_others_are_out_of_sight():
     np.testing.assert_allclose(out[1], expected[1], atol=F32, rtol=F32)
 
 
-@pytest.mark.parametrize("prefix", [1, 8, 10])
+@pytest.mark.parametrize("prefix", [pytest.param(1, marks=pytest.mark.slow), 8, 10])
 def test_examples_share_the_pages_of_a_prefix(prefix):
     size = 4
     streams = [np.array(x) for x in tokens(18)]

@@ -179,7 +179,12 @@ def test_chunks_equal_the_parallel_form(name, is_rotated_at_use):
     assert not state.overflowed().any()
 
 
-@pytest.mark.parametrize("name", ["full", "paged", "window", "sinks for chunks"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "paged", pytest.param("window", marks=SLOW), "sinks for chunks"]
+)
 def test_bfloat16(name):
     make, pattern = CACHES[name]
     query, key, value = tokens(max(LENGTHS), jnp.bfloat16)
@@ -201,16 +206,22 @@ def test_storage_has_a_dtype_of_its_own():
     np.testing.assert_allclose(out, expected, atol=BF16, rtol=BF16)
 
 
+def exact_rope(x_tnh, positions):
+    """As `rope`, in float64 by complex numbers."""
+    half = H // 2
+    angle = positions[:, None, None] * 100.0 ** (-np.arange(half) / half)
+    turned = (x_tnh[..., :half] + 1j * x_tnh[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
 def streaming_oracle(query, key, value, sinks, window):
     """StreamingLLM one query at a time in float64: only kept keys, at their places."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     out = np.zeros((query.shape[0], N, HV))
     for p in range(query.shape[0]):
         kept = [j for j in range(p + 1) if j < sinks or j > p - window]
-        places = jnp.arange(len(kept))[None]
-        turned_key = np.asarray(rope(jnp.asarray(key[None, kept]), places)[0], np.float64)
-        last = jnp.asarray([[len(kept) - 1]])
-        turned_query = np.asarray(rope(jnp.asarray(query[None, p : p + 1]), last)[0, 0], np.float64)
+        turned_key = exact_rope(key[kept], np.arange(len(kept)))
+        turned_query = exact_rope(query[p : p + 1], np.array([len(kept) - 1]))[0]
         for n in range(N):
             k = n // (N // K)
             scores = turned_key[:, k] @ turned_query[n] * H**-0.5
@@ -338,7 +349,12 @@ def test_vmap_over_layers():
 _free = jax.jit(lambda state, examples: state.free(examples))
 
 
-@pytest.mark.parametrize("name", CACHES)
+FREED = ("full", "paged", "window", "sinks for chunks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in FREED else SLOW) for x in CACHES]
+)
 def test_freed_examples_start_again(name):
     make, pattern = CACHES[name]
     query, key, value = tokens(CHUNK)
