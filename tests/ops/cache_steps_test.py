@@ -155,8 +155,11 @@ COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|re
 
 
 @pytest.mark.parametrize(
-    ("name", "splits"), [("full", None), ("full", 4), ("paged", None), ("window", None),
-                         ("sinks, chunk", None)],
+    ("name", "splits"),
+    [
+        ("full", 4), ("paged", None), ("window", None), ("sinks, chunk", None),
+        pytest.param("full", None, marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
 def test_sharded_batch_and_heads_need_no_communication(name, splits):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

@@ -183,7 +183,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "name", ["full", "paged", pytest.param("window", marks=SLOW), "sinks for chunks"]
+    "name",
+    ["full", "sinks for chunks", *(pytest.param(x, marks=SLOW) for x in ("paged", "window"))],
 )
 def test_bfloat16(name):
     make, pattern = CACHES[name]

@@ -69,7 +69,12 @@ def assert_same(found, expected, tolerance):
         np.testing.assert_allclose(one, two, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("splits", range(1, 9))
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "splits", [1, 3, 8, *(pytest.param(x, marks=SLOW) for x in (2, 4, 5, 6, 7))]
+)
 def test_parts_equal_the_whole(splits):
     t = 1 + splits % 3
     query, key, value = arrays(t)
@@ -156,7 +161,7 @@ def sharded(devices, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), pytest.param(4, marks=SLOW), 8])
 def test_shards_equal_the_whole(devices):
     t = 1 + devices // 4
     query, key, value = arrays(t)

@@ -31,12 +31,13 @@ class PagedCache(Cache):
     pool cannot be sharded along the batch. Attending gathers the pages of every example, so it
     costs a copy of them.
 
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
+        >>> share = jax.jit(PagedCache.share)
         >>> sizes = dict(pages=6, page_size=4, max_pages_per_sequence=3)
         >>> cache = PagedCache.empty(batch=2, heads=1, width=8, **sizes)
         >>> prompt_bckh = jnp.ones((2, 9, 1, 8))
         >>> cache = cache.append(prompt_bckh, prompt_bckh, lengths=jnp.array([9, 0]))
-        >>> cache = cache.share(0, jnp.array([False, True]))  # The second begins with it as well.
+        >>> cache = share(cache, 0, jnp.array([False, True]))  # The second begins with it too.
         >>> cache.table.tolist(), cache.length.tolist()
         ([[0, 1, 2], [0, 1, 3]], [9, 9])
         >>> cache = cache.free(jnp.array([True, False]))
