@@ -25,7 +25,7 @@ train: $(STAMP) ## train CrossViT on the bundled digits: a few minutes on two CP
 	@echo "report: $(WORKDIR)/report/report.md    again from zero: rm -r $(WORKDIR)"
 
 test: $(STAMP) ## run the default tests (PYTEST_ARGS="-k attention -x" to choose)
-	@$(PY) -m pytest -q $(PYTEST_ARGS)
+	@$(PY) -m pytest -q -n 2 --dist=worksteal $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## run the tests that take minutes each
 	@$(PY) -m pytest -q -m slow $(PYTEST_ARGS)

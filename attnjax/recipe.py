@@ -6,6 +6,7 @@ A config file defines `get_config(variant="") -> Recipe`. Launchers override fie
 run directory keeps the recipe as JSON. This module imports no JAX, so that `--help` stays quick.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -14,7 +15,8 @@ import inspect
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attnjax import registry
@@ -193,8 +195,11 @@ class Recipe:
         _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
         _require(optim.accumulate >= 1, "optim.accumulate", optim.accumulate, "at least 1")
         _require(0 <= optim.ema < 1, "optim.ema", optim.ema, "in [0, 1)")
-        for field in ("clip", "weight_decay", "warmup", "warmup_lr", "end_lr", "cooldown"):
+        for field in ("clip", "weight_decay", "warmup", "warmup_lr", "end_lr", "cooldown", "eps"):
             _require(getattr(optim, field) >= 0, f"optim.{field}", getattr(optim, field), ">= 0")
+        for field in ("beta1", "beta2", "momentum"):
+            value = getattr(optim, field)
+            _require(0 <= value < 1, f"optim.{field}", value, "in [0, 1)")
         _require(
             optim.warmup + optim.cooldown <= self.steps,
             "optim.warmup + optim.cooldown",
@@ -222,8 +227,15 @@ class Recipe:
             self.checkpoint.every >= 1, "checkpoint.every", self.checkpoint.every, "at least 1"
         )
         _require(self.checkpoint.keep >= 1, "checkpoint.keep", self.checkpoint.keep, "at least 1")
-        _require(self.guard.patience >= 1, "guard.patience", self.guard.patience, "at least 1")
-        _require(self.report.every >= 1, "report.every", self.report.every, "at least 1")
+        guard, report = self.guard, self.report
+        _require(guard.patience >= 1, "guard.patience", guard.patience, "at least 1")
+        _require(guard.spike_sigma >= 0, "guard.spike_sigma", guard.spike_sigma, "at least 0")
+        _require(report.every >= 1, "report.every", report.every, "at least 1")
+        _require(report.samples >= 0, "report.samples", report.samples, "at least 0")
+        for name, evaluation in self.evals.items():
+            for field in ("every", "batch"):
+                value = getattr(evaluation, field)
+                _require(value >= 0, f"evals.{name}.{field}", value, "at least 0")
         best_eval = self.checkpoint.best.partition("/")[0]
         if best_eval and best_eval not in self.evals:
             raise RecipeError(
@@ -392,12 +404,32 @@ def available() -> list[str]:
 
 
 def execute(path: str) -> Any:
-    """Run a config file the user named and return it as a module."""
+    """Run a config file the user named and return it as a module.
+
+    Raises:
+      RecipeError: no such file, no Python file, or an error in it (its line is named).
+    """
     file = find(path)
+    if file.suffix != ".py":
+        raise RecipeError(f"config file {path!r} is no Python file")
     spec = importlib.util.spec_from_file_location(f"attnjax_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _naming_line(file):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _naming_line(file: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [0])[-1]
+        raise RecipeError(f"{file}:{line}: {_type(error)}: {error}") from error
 
 
 def load(path_and_variant: str) -> Recipe:
@@ -410,7 +442,8 @@ def load(path_and_variant: str) -> Recipe:
     module = execute(path)
     if not hasattr(module, "get_config"):
         raise RecipeError(f"{path} defines no get_config(variant)")
-    recipe = module.get_config(variant)
+    with _naming_line(find(path)):
+        recipe = module.get_config(variant)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{path}: get_config returned {_type(recipe)}, expected a Recipe")
     return copy.deepcopy(recipe)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the launchers share: the `--config` flag and one-line errors with documented exit codes."""
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+import traceback
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags
@@ -12,6 +16,9 @@ from ml_collections import config_flags
 
 from attnjax import recipe as recipe_lib
 from attnjax.errors import FAILED, AttnjaxError, RecipeError
+
+_PARTING = 10.0
+"""Seconds that a failed process waits for the others to end as well."""
 
 
 def define_config(flag_values=flags.FLAGS):
@@ -41,7 +48,9 @@ def run(main: Callable[[], int | None]) -> None:
             code = main()
         except AttnjaxError as error:
             _fail(str(error), error.exit_code)
-        sys.stdout.flush()
+        except Exception:
+            traceback.print_exc()
+            _leave(FAILED)
         _leave(code or 0)
 
     app.run(guarded, flags_parser=_parse)
@@ -50,12 +59,28 @@ def run(main: Callable[[], int | None]) -> None:
 def _start_logging() -> None:
     # Libraries that log through absl keep to warnings; our own lines are the ones to read.
     absl_logging.set_verbosity(absl_logging.WARNING)
+    _silence_failed_saves()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("attnjax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def _silence_failed_saves() -> None:
+    # A save that fails reaches the user as one line. Storage layers add pages of tracebacks, for
+    # each array whose write failed or was given up, some of them after that line.
+    absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(failure) -> None:
+    # Writes that were still under way when a save failed find the event loop of that save closed.
+    if str(failure.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(failure)
 
 
 def _parse(argv):
@@ -79,18 +104,26 @@ def _fail(message: str, code: int) -> None:
 
 
 def _leave(code: int) -> None:
-    # A failed peer would block the shutdown barrier of jax.distributed; skip it, as the outcome of
-    # this process is already known and everything it wrote is flushed.
+    sys.stdout.flush()
+    sys.stderr.flush()
     jax = sys.modules.get("jax")
-    if code not in (0, RecipeError.exit_code) and jax and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code or FAILED)
+    if code and jax and jax.distributed.is_initialized():
+        # Processes that end together take leave of one another, or the loss of the first would
+        # abort the others. A process that fails alone must not wait for those that still run.
+        parting = threading.Thread(target=_shut_down, args=(jax,), daemon=True)
+        parting.start()
+        parting.join(_PARTING)
+        os._exit(code)
     sys.exit(code)
 
 
+def _shut_down(jax) -> None:
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()
+
+
 def start_devices(coordinator: str, process_count: int, process_id: int, cpu_devices: int) -> None:
-    """Set the number of virtual CPU devices, switch on the compilation cache, join the processes.
+    """Set the number of virtual CPU devices and join the processes.
 
     Args:
       coordinator, process_count, process_id: see `attnjax.parallel.process.initialise`.

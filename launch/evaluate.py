@@ -10,7 +10,7 @@ import pathlib
 
 from absl import flags
 
-from attnjax.errors import NoUsableCheckpoint, RecipeError
+from attnjax.errors import RecipeError
 from launch import command
 
 CONFIG = command.define_config()
@@ -27,7 +27,12 @@ def main() -> None:
         record = pathlib.Path(WORKDIR.value or "") / "recipe.json"
         if not WORKDIR.value or not record.is_file():
             raise RecipeError(f"give --config or a --workdir with recipe.json (got {record})")
-        recipe = Recipe.from_json(record.read_text())
+        try:
+            recipe = Recipe.from_json(record.read_text())
+        except (RecipeError, OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{record} cannot be read: {error}") from error
+    elif not WORKDIR.value and not recipe.model.get("weights"):
+        raise RecipeError("give a --workdir or --config.model.weights: new weights know nothing")
     recipe.validate()
     if not recipe.evals:
         raise RecipeError("the recipe has no evals")
@@ -37,24 +42,21 @@ def main() -> None:
     import jax
 
     from attnjax.parallel import make_mesh
-    from attnjax.train.checkpoint import Checkpointer
+    from attnjax.train.checkpoint import restore_params
     from attnjax.train.evaluate import evaluate, scalars
+    from attnjax.train.inputs import check_evals
     from attnjax.train.program import build
 
-    mesh = make_mesh(dataclasses.asdict(recipe.mesh))
-    program = build(recipe, mesh)
-    with jax.set_mesh(mesh):
+    program = build(recipe, make_mesh(dataclasses.asdict(recipe.mesh)))
+    check_evals(program)
+    with jax.set_mesh(program.mesh):
         step = 0
         if WORKDIR.value:
+            prefixes = ("ema", "params") if AVERAGED.value else ("params",)
             folder = pathlib.Path(WORKDIR.value) / "checkpoints"
-            with Checkpointer(folder, every=1, keep=1_000_000) as checkpointer:
-                restored = checkpointer.restore(program.state)
-            if restored is None:
-                raise NoUsableCheckpoint(f"no checkpoint in {folder}")
-            state, _, _, step = restored
+            params, step = restore_params(folder, program.state.params, prefixes)
         else:
-            state = program.init()
-        params = state.averaged if AVERAGED.value else state.params
+            params = program.init().params
         results = {"step": step}
         for name, evaluation in recipe.evals.items():
             values = scalars(evaluate(program, params, evaluation))

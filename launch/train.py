@@ -21,7 +21,7 @@ PROCESS_COUNT = flags.DEFINE_integer("process_count", 0, "Number of processes; 0
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Index of this process; -1: detect.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
 HANG_TIMEOUT = flags.DEFINE_float(
-    "hang_timeout", 0.0, "Exit with all stacks after this many seconds without a step; 0: never."
+    "hang_timeout", 0.0, "Exit with all stacks after this many seconds without progress; 0: never."
 )
 
 

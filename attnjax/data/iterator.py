@@ -139,6 +139,11 @@ class TrainIterator(Iterator):
         self.skipped = 0
         self.bad_records: set[int] = set()
 
+    @property
+    def examples(self) -> int:
+        """Number of examples in the source."""
+        return len(self._source)
+
     def __next__(self) -> dict[str, np.ndarray]:
         batch, self._peeked = self.peek(), None
         self._next_index += self._batch
@@ -219,6 +224,11 @@ class EvalBatches(Iterator):
 
     def __len__(self) -> int:
         return len(self._made)
+
+    @property
+    def examples(self) -> int:
+        """Number of examples in the source."""
+        return len(self._source)
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._step >= len(self):

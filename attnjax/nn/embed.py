@@ -124,12 +124,14 @@ class TokenTransformer(nn.Module):
       kind: "t2t" (softmax) or "performer" (positive random features).
       epsilon: of the norms.
       dtype: compute dtype.
+      implementation: passed to `ops.attention` (kind "t2t").
     """
 
     features: int = 64
     kind: str = "t2t"
     epsilon: float = 1e-5
     dtype: str = "float32"
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -147,6 +149,7 @@ class TokenTransformer(nn.Module):
             use_bias=self.kind == "performer",
             value_skip=True,
             dtype=self.dtype,
+            implementation=self.implementation,
             attend=attend,
             name="attention",
         )
@@ -163,12 +166,14 @@ class TokensToToken(nn.Module):
       patch: 12 or 16, the total stride.
       kind: "t2t" or "performer".
       dtype: compute dtype.
+      implementation: passed to `ops.attention` (kind "t2t").
     """
 
     features: int
     patch: int
     kind: str = "t2t"
     dtype: str = "float32"
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, image: Array) -> Array:
@@ -177,7 +182,12 @@ class TokensToToken(nn.Module):
         x_byxc = extract_patches(image.astype(self.dtype), *first)
         for i, split in enumerate((second, third)):
             b, rows, columns, c = x_byxc.shape
-            token = TokenTransformer(kind=self.kind, dtype=self.dtype, name=f"token_{i}")
+            token = TokenTransformer(
+                kind=self.kind,
+                dtype=self.dtype,
+                implementation=self.implementation,
+                name=f"token_{i}",
+            )
             x_btd = token(x_byxc.reshape(b, rows * columns, c))
             x_byxc = extract_patches(x_btd.reshape(b, rows, columns, -1), *split)
         x_bpv = x_byxc.reshape(x_byxc.shape[0], -1, x_byxc.shape[-1])

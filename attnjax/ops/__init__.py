@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pure functions on arrays: the attention core and what belongs around it.
 
-attention        attention, whichever implementation is fastest
-mask             masks as values
-merge_partials   attention over disjoint sets of keys, merged
-bicubic_resize   resampling of pictures
+attention           attention, whichever implementation is fastest
+mask                masks as values
+normalizers         softmax, its relatives and alternatives
+merge_partials      attention over disjoint sets of keys, merged
+landmark_attention  attention through landmarks that gate their blocks
+select_blocks       the blocks of keys worth attending to, as a mask
+bicubic_resize      resampling of pictures
+
+`attnjax.ops.bias` holds biases that are functions of position, `attnjax.ops.positions` rotary
+positions and norms of queries and keys.
 """
 
-from attnjax.ops import mask
+from attnjax.ops import mask, normalizers
 from attnjax.ops.attention import IMPLEMENTATIONS, AttentionOutput, attention
+from attnjax.ops.landmark import landmark_attention
 from attnjax.ops.merge import merge_partials
-from attnjax.ops.normalizer import EMPTY_LSE, NORMALIZERS
+from attnjax.ops.normalizer import EMPTY_LSE
+from attnjax.ops.normalizers import NORMALIZERS
+from attnjax.ops.routing import select_blocks
 from attnjax.ops.sample import bicubic_resize
 from attnjax.ops.statistics import STATISTICS, TokenMass
 
@@ -23,6 +32,9 @@ __all__ = [
     "TokenMass",
     "attention",
     "bicubic_resize",
+    "landmark_attention",
     "mask",
     "merge_partials",
+    "normalizers",
+    "select_blocks",
 ]

@@ -11,6 +11,7 @@ can do alike (gates, extra terms of the softmax, stopped gradients) happens here
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import numbers
@@ -24,8 +25,9 @@ import numpy as np
 from attnjax.ops import mask as masks
 from attnjax.ops.bias import Bias
 from attnjax.ops.mask import Mask, Visibility
-from attnjax.ops.normalizer import EMPTY_LSE, NORMALIZERS, Elementwise, SoftmaxFamily
-from attnjax.ops.statistics import STATISTICS, TokenMass
+from attnjax.ops.normalizer import EMPTY_LSE, Elementwise, Normalizer, Rowwise, SoftmaxFamily
+from attnjax.ops.normalizers import NORMALIZERS
+from attnjax.ops.statistics import STATISTICS, TokenMass, name_of
 from attnjax.typing import Array, PRNGKey
 
 __all__ = ["EMPTY_LSE", "IMPLEMENTATIONS", "AttentionOutput", "Call", "attention"]
@@ -74,15 +76,17 @@ class Call:
       bias: floating, rank 4, every axis 1 or that of `[b,n,t,s]`; a `Bias`; or None.
       scale: factor of the raw scores.
       softcap: positive cap of the scaled scores, or None.
-      normalizer: an `Elementwise`, or None for plain softmax. The extra terms of softmax's
-        relatives are added outside; only statistics need to know `extra_logit`.
+      normalizer: an `Elementwise`, or None for plain softmax; a `Rowwise` reaches `reference`
+        alone. The extra terms of softmax's relatives are added outside; only statistics need to
+        know `extra_logit`.
       extra_logit: `[b|1,n,t|1]` logit that joins the denominator of the weights that statistics
         are about (not of `out`, `lse` and the probabilities), without gradient, or None.
       return_lse: whether the log-sum-exp is wanted.
       probability_heads: query heads whose probabilities are wanted; empty for none.
       score_heads: query heads whose scores are wanted; empty for none.
       statistics: names in `STATISTICS` and `TokenMass`es that are wanted.
-      edit: function of probabilities `[b,n,t,s]` that replaces them, or None.
+      edit: function of probabilities `[b,n,t,s]` and log-sum-exp that gives what to use instead of
+        them, or None; knows of extra terms of the softmax, which are not applied again.
       dropout_rate: in [0, 1).
       dropout_key: typed key; None exactly when the rate is 0.
     """
@@ -94,13 +98,13 @@ class Call:
     bias: Array | Bias | None
     scale: float
     softcap: float | None
-    normalizer: Elementwise | None
+    normalizer: Elementwise | Rowwise | None
     extra_logit: Array | None
     return_lse: bool
     probability_heads: tuple[int, ...]
     score_heads: tuple[int, ...]
     statistics: tuple[str | TokenMass, ...]
-    edit: Callable[[Array], Array] | None
+    edit: Callable[[Array, Array | None], Array] | None
     dropout_rate: float
     dropout_key: PRNGKey | None
 
@@ -152,7 +156,7 @@ def attention(
     bias: Array | Bias | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    normalizer: str | SoftmaxFamily | Elementwise = "softmax",
+    normalizer: str | Normalizer = "softmax",
     implementation: str | None = None,
     return_lse: bool = False,
     return_probabilities: bool | Sequence[int] = False,
@@ -168,7 +172,8 @@ def attention(
 
     Query head `i` uses key/value head `i // (n // k)`. Scores, statistics and accumulators are
     float32 whatever the dtype of the inputs. A row that may attend nothing (mask all False, or
-    bias all -inf) gives output zero, `EMPTY_LSE` and zero gradients.
+    bias all -inf) gives output zero, `EMPTY_LSE` and zero gradients; what a normalizer adds to
+    every row (a sink logit, a bias key and value) is all there is to such a row.
 
     Args:
       query: `[b,t,n,h]` floating.
@@ -181,12 +186,13 @@ def attention(
       softcap: replaces scaled scores `x` by `softcap * tanh(x / softcap)`.
       normalizer: a name in `NORMALIZERS`, or a normalizer with its parameters.
       implementation: one of `IMPLEMENTATIONS`; None chooses the fastest that serves the call.
-      return_lse: also return the log-sum-exp of every row (softmax and its relatives only).
+      return_lse: also return the log-sum-exp of every row (softmax and its relatives only), the
+        extra logit of a relative included.
       return_probabilities: also return the weights (before dropout and gates); True, or the query
         heads to return.
       return_scores: also return the masked scores; True, or the query heads to return.
       statistics: statistics of the weights to return, computed without holding the weights: names
-        in `STATISTICS` or `TokenMass`. They carry no gradient.
+        in `STATISTICS` or `TokenMass`, of different names. They carry no gradient.
       gate: floating, broadcastable to `[b,t,n,hv]`, multiplies the output.
       stop_gradient: bool `[b,s]`; keys and values where it is True receive no gradient.
       edit: pure function of the probabilities `[b,n,t,s]` that returns what to use instead, before
@@ -214,12 +220,16 @@ def attention(
     if stop_gradient is not None:
         key, value = _stop(stop_gradient, key, value)
     scale = h**-0.5 if scale is None else _number("scale", scale)
+    softcap = _check_softcap(softcap)
     normalizer = _check_normalizer(normalizer)
+    normalizer.check(n, h, value.shape[3])
     is_softmax = isinstance(normalizer, SoftmaxFamily)
     if return_lse and not is_softmax:
         raise ValueError(f"return_lse: {type(normalizer).__name__} has no log-sum-exp")
-    extra = normalizer.extra_logit(query, scale) if is_softmax else None
-    has_finish = is_softmax and type(normalizer) is not SoftmaxFamily
+    extra = normalizer.extra_logit(query, scale, softcap) if is_softmax else None
+    finish = None
+    if is_softmax and type(normalizer) is not SoftmaxFamily:
+        finish = functools.partial(normalizer.finish, query, scale=scale, softcap=softcap)
     dropout_rate, dropout_key = _check_dropout(dropout_rate, dropout_key)
     call = Call(
         query=query,
@@ -228,14 +238,14 @@ def attention(
         visibility=_check_mask(mask, b, n, t, s),
         bias=_check_bias(bias, (b, n, t, s)),
         scale=scale,
-        softcap=_check_softcap(softcap),
+        softcap=softcap,
         normalizer=None if is_softmax else normalizer,
         extra_logit=None if extra is None else jax.lax.stop_gradient(extra),
-        return_lse=bool(return_lse) or has_finish,
+        return_lse=bool(return_lse) or finish is not None,
         probability_heads=_check_heads("return_probabilities", return_probabilities, n),
         score_heads=_check_heads("return_scores", return_scores, n),
-        statistics=_check_statistics(statistics, b, s),
-        edit=edit,
+        statistics=_check_statistics(statistics, normalizer, b, s),
+        edit=_finished_edit(edit, finish),
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
     )
@@ -244,17 +254,17 @@ def attention(
     else:
         output = _attend(implementation, call)
     out, lse, probabilities = output.out, output.lse, output.probabilities
-    if has_finish:
-        finish = normalizer.finish(query, lse, scale)
+    if finish is not None:
+        finished = finish(lse=lse)
         wide = out.astype(call.statistics_dtype)
-        if finish.factor is not None:
-            wide = wide * finish.factor.swapaxes(1, 2)[..., None]
+        if finished.factor is not None and edit is None:
+            wide = wide * finished.factor.swapaxes(1, 2)[..., None]
             if probabilities is not None:
                 heads = np.array(call.probability_heads)
-                probabilities = probabilities * finish.factor[:, heads, :, None]
-        if finish.addition is not None:
-            wide = wide + finish.addition
-        out, lse = wide.astype(query.dtype), finish.lse
+                probabilities = probabilities * finished.factor[:, heads, :, None]
+        if finished.addition is not None:
+            wide = wide + finished.addition
+        out, lse = wide.astype(query.dtype), finished.lse
     if gate is not None:
         out = out * _check_gate(gate, out)
     asked = return_lse or call.probability_heads or call.score_heads or call.statistics
@@ -262,6 +272,19 @@ def attention(
         return out
     lse = lse if return_lse else None
     return dataclasses.replace(output, out=out, lse=lse, probabilities=probabilities)
+
+
+def _finished_edit(edit, finish):
+    """Let an edit see the weights including the effect of what softmax's relatives add."""
+    if edit is None:
+        return None
+
+    def edited(probabilities_bnts, lse_bnt):
+        if finish is not None and (factor_bnt := finish(lse=lse_bnt).factor) is not None:
+            probabilities_bnts = probabilities_bnts * factor_bnt[..., None]
+        return edit(probabilities_bnts)
+
+    return edited
 
 
 def automatic_order(call: Call) -> tuple[str, ...]:
@@ -288,6 +311,8 @@ def _first_served(names: tuple[str, ...], call: Call) -> AttentionOutput:
 
 
 def _attend(name: str, call: Call) -> AttentionOutput:
+    if isinstance(call.normalizer, Rowwise) and name != "reference":
+        call.refuse(name, "normalizer")
     target = IMPLEMENTATIONS[name]
     try:
         module = importlib.import_module(target)
@@ -338,11 +363,17 @@ def _check_mask(mask, b, n, t, s) -> Visibility:
         array = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)
         mask = masks.array(_broadcastable("mask", array, (b, n, t, s)))
     visibility = mask.visibility(t, s)
-    for leaf in jax.tree.leaves(visibility):
-        if leaf.ndim == 4 and (leaf.shape[0] not in (1, b) or leaf.shape[1] not in (1, n)):
-            raise ValueError(f"mask is for [b,n] = {leaf.shape[:2]}, expected ({b} or 1, {n} or 1)")
-        if leaf.ndim == 2 and leaf.shape[0] not in (1, b):
-            raise ValueError(f"mask is for {leaf.shape[0]} examples, expected {b} or 1")
+    shapes = [jnp.shape(x) for x in (visibility.lower, visibility.upper) if x is not None]
+    shapes += [
+        (ids.shape[0], 1) for ids in (visibility.query_ids, visibility.key_ids) if ids is not None
+    ]
+    if visibility.rest is not None:
+        shapes.append(jax.eval_shape(lambda: visibility.rest.tile(0, 0, 1, 1)).shape)
+    for examples, heads, *_ in shapes:
+        if examples not in (1, b) or heads not in (1, n):
+            raise ValueError(
+                f"mask is for [b,n] = {(examples, heads)}, expected ({b} or 1, {n} or 1)"
+            )
     return visibility
 
 
@@ -376,7 +407,7 @@ def _check_normalizer(normalizer):
             raise ValueError(
                 f"normalizer {normalizer!r} has parameters: pass an instance ({error})"
             ) from None
-    if not isinstance(normalizer, (SoftmaxFamily, Elementwise)):
+    if not isinstance(normalizer, Normalizer):
         raise ValueError(f"normalizer must be a name or a normalizer, got {normalizer!r}")
     return normalizer
 
@@ -391,7 +422,12 @@ def _check_heads(name, heads, n) -> tuple[int, ...]:
     return heads
 
 
-def _check_statistics(statistics, b, s):
+def _check_statistics(statistics, normalizer, b, s):
+    names = [name_of(item) for item in statistics]
+    if len({*names}) < len(names):
+        raise ValueError(f"statistics {names} would overwrite one another: name them differently")
+    if "entropy" in names and isinstance(normalizer, Elementwise) and normalizer.is_signed:
+        raise ValueError(f"{type(normalizer).__name__} has signed weights: no entropy")
     for item in statistics:
         if isinstance(item, TokenMass):
             item.check(b, s)

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from attnjax.ops.normalizer import EMPTY_LSE
@@ -34,15 +35,17 @@ def merge_partials(partials: Sequence[tuple[Array, Array]]) -> tuple[Array, Arra
             raise ValueError(f"out {out.shape} and lse {lse.shape} do not belong to {first.shape}")
     wide = jnp.promote_types(first.dtype, jnp.float32)
     lses = jnp.stack([jnp.maximum(lse.astype(wide), EMPTY_LSE) for _, lse in partials])
-    top = lses.max(axis=0)
+    top = jax.lax.stop_gradient(lses.max(axis=0))  # It cancels.
     weights = jnp.where(lses > EMPTY_LSE, jnp.exp(lses - top), 0)
     total = weights.sum(axis=0)
     is_empty = total == 0
     total = jnp.where(is_empty, 1, total)
     lse = jnp.where(is_empty, EMPTY_LSE, top + jnp.log(total))
     shares = (weights / total).swapaxes(2, 3)[..., None]
+    # An output that does not matter may even be NaN: it must not meet a product, not even its
+    # derivative.
     outs = [
-        jnp.where(share > 0, share * out.astype(wide), 0)
+        share * jnp.where(share > 0, out.astype(wide), 0)
         for share, (out, _) in zip(shares, partials, strict=True)
     ]
     return sum(outs).astype(first.dtype), lse

@@ -11,9 +11,10 @@ import numpy as np
 
 from attnjax.ops.attention import AttentionOutput, Call
 from attnjax.ops.bias import Bias
-from attnjax.ops.normalizer import EMPTY_LSE
+from attnjax.ops.dropout import dropout_factor, dropout_seed
+from attnjax.ops.normalizer import Rowwise, softmax
 from attnjax.ops.statistics import from_probabilities
-from attnjax.typing import Array, PRNGKey
+from attnjax.typing import Array
 
 
 def attend(call: Call) -> AttentionOutput:
@@ -30,10 +31,12 @@ def attend(call: Call) -> AttentionOutput:
     scores_bnts = masked_scores(call)
     if call.normalizer is None:
         probabilities_bnts, lse_bnt = softmax(scores_bnts)
+    elif isinstance(call.normalizer, Rowwise):
+        probabilities_bnts, lse_bnt = call.normalizer.weights(scores_bnts), None
     else:
         probabilities_bnts, lse_bnt = elementwise(call, scores_bnts), None
     if call.edit is not None:
-        probabilities_bnts = call.edit(probabilities_bnts)
+        probabilities_bnts = call.edit(probabilities_bnts, lse_bnt)
         if probabilities_bnts.shape != (b, n, t, s):
             raise ValueError(
                 f"edit returned shape {probabilities_bnts.shape}, expected {(b, n, t, s)}"
@@ -55,9 +58,9 @@ def attend(call: Call) -> AttentionOutput:
     statistics = {}
     if call.statistics:
         shown_bnts = probabilities_bnts
-        if call.extra_logit is not None:
-            total_bnt = jnp.logaddexp(lse_bnt, call.extra_logit.astype(wide))
-            shown_bnts = shown_bnts * jnp.exp(lse_bnt - total_bnt)[..., None]
+        if call.extra_logit is not None and call.edit is None:
+            share_bnt = jax.nn.sigmoid(lse_bnt - call.extra_logit.astype(wide))
+            shown_bnts = shown_bnts * share_bnt[..., None]
         statistics = from_probabilities(shown_bnts, call.statistics)
     pick = lambda array, heads: array[:, np.array(heads)] if heads else None
     return AttentionOutput(
@@ -88,26 +91,6 @@ def masked_scores(call: Call) -> Array:
     return scores_bnts
 
 
-def softmax(scores_bnts: Array) -> tuple[Array, Array]:
-    """Normalise rows of scores so that rows of nothing but -inf become zero.
-
-    Args:
-      scores_bnts: `[b,n,t,s]`, -inf where a query may not attend.
-
-    Returns:
-      Weights `[b,n,t,s]` and log-sum-exp `[b,n,t]`.
-    """
-    # The maximum cancels in the result, so it needs no gradient; it is kept finite because
-    # (-inf) - (-inf) would poison rows that may attend nothing.
-    top = jax.lax.stop_gradient(jnp.maximum(scores_bnts.max(axis=-1, keepdims=True), EMPTY_LSE))
-    exponential = jnp.exp(scores_bnts - top)
-    total = exponential.sum(axis=-1, keepdims=True)
-    is_empty = total == 0
-    total = jnp.where(is_empty, 1, total)
-    lse = jnp.where(is_empty, EMPTY_LSE, top + jnp.log(total))
-    return exponential / total, lse[..., 0]
-
-
 def elementwise(call: Call, scores_bnts: Array) -> Array:
     """Return the weights `[b,n,t,s]` of an `Elementwise` normalizer."""
     normalizer = call.normalizer
@@ -115,47 +98,15 @@ def elementwise(call: Call, scores_bnts: Array) -> Array:
     row = normalizer.row_parameter(call.visibility.visible_keys(t, s))
     row = None if row is None else row[..., None].astype(scores_bnts.dtype)
     shift = None
-    if normalizer.shift == "max":
-        top = jnp.maximum(scores_bnts.max(axis=-1, keepdims=True), EMPTY_LSE)
-        shift = jax.lax.stop_gradient(top)
-    elif normalizer.shift == "lse":
-        shift = softmax(scores_bnts)[1][..., None]
+    if normalizer.shift != "none":
+        top = jnp.maximum(scores_bnts.max(axis=-1, keepdims=True), normalizer.floor)
+        shift = top = jax.lax.stop_gradient(top)
+        if normalizer.shift == "lse":
+            # Relative to the maximum, because a large log-sum-exp is rounded too far.
+            scores_bnts = scores_bnts - top
+            shift = softmax(scores_bnts)[1][..., None]
     weight_bnts = normalizer.weight(scores_bnts, shift, row)
     term_bnts = normalizer.term(scores_bnts, shift, row)
     if term_bnts is None:
         return weight_bnts
     return weight_bnts / normalizer.denominator(term_bnts.sum(axis=-1, keepdims=True), shift)
-
-
-def dropout_seed(key: PRNGKey) -> Array:
-    """Reduce a key of any generator to the three words `[3]` uint32 that `dropout_factor` mixes."""
-    return jax.random.bits(key, (3,), jnp.uint32)
-
-
-def dropout_factor(seed: Array, rate: float, head: Array, query: Array, key: Array) -> Array:
-    """Return 0 for a dropped weight and `1 / (1 - rate)` for a kept one.
-
-    The decision is a keyed integer hash of the position, not a stream of random numbers: any tile
-    of the weights can be computed alone, in any order, and comes out the same.
-
-    Args:
-      seed: `[3]` uint32 from `dropout_seed`.
-      rate: probability of dropping, in (0, 1).
-      head: uint32, `batch index * n + head index`.
-      query: uint32 position of the query.
-      key: uint32 position of the key; the three broadcast against one another.
-
-    Returns:
-      float32 of the broadcast shape.
-    """
-    bits = _mix(_mix(_mix(head ^ seed[0]) ^ query ^ seed[1]) ^ key ^ seed[2])
-    threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    return jnp.where(bits >= threshold, jnp.float32(1 / (1 - rate)), jnp.float32(0))
-
-
-def _mix(word: Array) -> Array:
-    # A bijection of 32-bit words in which every input bit moves every output bit (murmur3's last
-    # step); without it, neighbouring positions would be dropped together.
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
-    return word ^ (word >> 16)

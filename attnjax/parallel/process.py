@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up and agreement of the processes of one run."""
 
+import contextlib
 import glob
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from attnjax.errors import RecipeError
+from attnjax.errors import AttnjaxError, RecipeError
 
 _log = logging.getLogger(__name__)
 
 _CLUSTER_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _MAX_FACTS = 16_384
+_MAX_PROBLEM = 2_000
+_LISTED = 10
 
 
 def expects_cluster() -> bool:
@@ -82,16 +85,64 @@ def require_agreement(facts: Mapping[str, Any]) -> None:
     """Refuse to start when processes disagree on any fact.
 
     Args:
-      facts: JSON values that must be equal everywhere (recipe digest, versions, data sizes).
+      facts: JSON values, nested or not, that must be equal everywhere (recipe, versions, sizes).
 
     Raises:
-      RecipeError: on every process, with the differing values per process.
+      RecipeError: on every process, with the differing values and the first process of each.
     """
-    rows = gather_facts(facts)
+    _compare([_flatten(row) for row in gather_facts(facts)])
+
+
+@contextlib.contextmanager
+def together() -> Iterator[dict[str, Any]]:
+    """Run a part of the start-up in which any process may fail alone: all refuse, or none does.
+
+    A process that gave up on its own would leave the others waiting in their next collective.
+
+    Yields:
+      A dict to fill with JSON values that must be equal everywhere.
+
+    Raises:
+      AttnjaxError: what this process raised itself.
+      RecipeError: another process failed, or processes disagree on a fact.
+    """
+    facts: dict[str, Any] = {}
+    problem = None
+    try:
+        yield facts
+    except AttnjaxError as error:
+        problem = error
+    if jax.process_count() > 1:
+        text = "" if problem is None else str(problem)[:_MAX_PROBLEM] or type(problem).__name__
+        rows = gather_facts({"problem": text, "facts": {} if problem else facts})
+        others = [f"process {i}: {row['problem']}" for i, row in enumerate(rows) if row["problem"]]
+        if others and problem is None:
+            raise RecipeError("; ".join(others[:_LISTED]))
+        if not others:
+            _compare([_flatten(row["facts"]) for row in rows])
+    if problem is not None:
+        raise problem
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
     lines = []
-    for name in sorted(facts):
-        values = [row.get(name) for row in rows]
-        if any(value != values[0] for value in values):
-            lines.append(f"{name}: " + ", ".join(f"process {i} {v}" for i, v in enumerate(values)))
+    for name in sorted({name for row in rows for name in row}):
+        first: dict[str, int] = {}
+        for process, row in enumerate(rows):
+            first.setdefault(str(row.get(name)), process)
+        if len(first) > 1:
+            values = ", ".join(f"process {process} {value}" for value, process in first.items())
+            lines.append(f"{name}: {values}")
     if lines:
-        raise RecipeError("processes disagree: " + "; ".join(lines))
+        more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+        raise RecipeError("processes disagree: " + "; ".join(lines[:_LISTED]) + more)
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

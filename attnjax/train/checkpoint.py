@@ -235,6 +235,26 @@ def latest_step(directory: str | os.PathLike) -> int | None:
     return next(iter(_steps(pathlib.Path(directory))), None)
 
 
+def require_fit(directory: str | os.PathLike, target: Any) -> None:
+    """Refuse a folder whose newest readable step is of another program; reads no array.
+
+    Args:
+      directory: folder of the steps; it may be missing.
+      target: as in `Checkpointer.restore`.
+
+    Raises:
+      RecipeError: structure, shapes or dtypes differ; up to ten are listed.
+    """
+    directory = pathlib.Path(directory).absolute()
+    for step in _steps(directory):
+        try:
+            body = _read_run(directory / str(step), step)
+        except Damaged:
+            continue
+        _require_match(directory / str(step), body["arrays"], target)
+        return
+
+
 def restore_params(
     directory: str | os.PathLike,
     target: Params,

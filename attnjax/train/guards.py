@@ -22,8 +22,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from attnjax.errors import FAILED, AttnjaxError, Diverged
+from attnjax.train import integrity
+from attnjax.train.state import TrainState
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LISTED = 10
 
 
 class BadStepGuard:
@@ -41,7 +44,11 @@ class BadStepGuard:
 
     @property
     def streak(self) -> int:
-        """Bad steps in a row up to the last one observed; do not save while it is not zero."""
+        """Bad steps in a row up to the last one observed.
+
+        While it is not zero, scheduled saves wait: of the few steps that are kept, none should be
+        given up for one that may already be stuck.
+        """
         return self._streak
 
     def rewind(self, step: int) -> None:
@@ -60,7 +67,8 @@ class BadStepGuard:
 
         Args:
           step: number of the step.
-          metrics: `loss`, `grad_norm` and `skipped` as scalars, equal on every process.
+          metrics: `loss`, `grad_norm` and `skipped` as scalars, equal on every process; and
+            `bad_steps`, the count in the training state, which goes on after a restart.
           ids: example ids of this process's share of the batch.
 
         Returns:
@@ -73,7 +81,7 @@ class BadStepGuard:
         if not float(metrics.get("skipped", 0.0)) and np.isfinite(loss) and np.isfinite(norm):
             self._streak = 0
             return False
-        self._streak += 1
+        self._streak = max(self._streak + 1, int(metrics.get("bad_steps", 0)))
         reason = "loss is a spike"
         if not np.isfinite(loss):
             reason = "loss is not finite"
@@ -101,6 +109,28 @@ class BadStepGuard:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise AttnjaxError(f"cannot write {self.path}: {error}") from error
+
+
+def require_finite(step: int, state: TrainState) -> None:
+    """Refuse to save a state from which a run could only continue with NaN.
+
+    Skipped updates keep the state finite; this is for runs that switched skipping off, and for
+    finite updates that overflow a parameter.
+
+    Args:
+      step: number of the step, for the message.
+      state: the state after it.
+
+    Raises:
+      Diverged: parameters, optimiser state or averages hold NaN or infinity (up to ten are named).
+    """
+    saved = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
+    wrong = integrity.not_finite(integrity.flatten(saved))
+    if wrong:
+        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+        raise Diverged(
+            f"step {step}: {', '.join(wrong[:_LISTED])}{more} not finite; this step is not saved"
+        )
 
 
 class StopRequest:
@@ -166,12 +196,13 @@ class Watchdog:
         self._last = time.monotonic()
         self._paused = 0
         self._done = threading.Event()
-        self._process = ""
+        self._process, self._has_peers = "", False
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
         if self._timeout > 0:
             self._process = f"process {jax.process_index()} of {jax.process_count()}"
+            self._has_peers = jax.process_count() > 1
             self.beat()
             self._arm()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -216,6 +247,9 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if self._has_peers:
+            # The others end with the first one: leave the one that hangs time to show its stacks.
+            time.sleep(2 * self._interval)
         # An orderly exit would wait for the very thread that hangs.
         os._exit(FAILED)
 

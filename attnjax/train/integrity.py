@@ -99,12 +99,39 @@ def checksums(leaves: Mapping[str, Array]) -> dict[str, int]:
     return {path: int(value) for path, value in sums.items()}
 
 
+def not_finite(leaves: Mapping[str, Array]) -> list[str]:
+    """Return the paths of arrays that hold NaN or infinity.
+
+    Args:
+      leaves: arrays by path; integers and keys are always fine.
+
+    Returns:
+      Paths in the order given. With several processes all of them must call this together.
+    """
+    reals = {path: x for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    if all(_is_on_host(leaf) for leaf in reals.values()):
+        finite = {path: np.isfinite(np.asarray(leaf)).all() for path, leaf in reals.items()}
+    else:
+        finite = jax.device_get(_all_finite(reals))
+    return [path for path in reals if not finite[path]]
+
+
+@jax.jit
+def _all_finite(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {path: jnp.all(jnp.isfinite(x)) for path, x in arrays.items()}
+
+
+def _is_on_host(leaf: Array) -> bool:
+    on_cpu = next(iter(leaf.sharding.device_set)).platform == "cpu"
+    return on_cpu and leaf.is_fully_addressable
+
+
 def _checksum(leaf: Array) -> Any:
     data = jax.random.key_data(leaf) if is_key(leaf) else leaf
-    on_cpu = next(iter(data.sharding.device_set)).platform == "cpu"
-    if on_cpu and data.is_fully_addressable:
+    if _is_on_host(data):
         return _host_checksum(np.asarray(data))
     total = _device_checksum(data)
+    on_cpu = next(iter(data.sharding.device_set)).platform == "cpu"
     return total.block_until_ready() if on_cpu else total
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one training loop: set up, restore, then step, guard, log, evaluate, save until done."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,15 +14,16 @@ import jax
 import numpy as np
 
 import attnjax
-from attnjax.data.iterator import eval_batches, train_iterator
-from attnjax.errors import Preempted, RecipeError
+from attnjax.data.iterator import eval_batches
+from attnjax.errors import Preempted
 from attnjax.parallel import make_mesh, process_shard
-from attnjax.parallel.process import require_agreement
+from attnjax.parallel.process import together
 from attnjax.recipe import Recipe
 from attnjax.train import report
-from attnjax.train.checkpoint import Checkpointer
+from attnjax.train.checkpoint import Checkpointer, latest_step, require_fit
 from attnjax.train.evaluate import evaluate, scalars
-from attnjax.train.guards import BadStepGuard, StopRequest, Watchdog
+from attnjax.train.guards import BadStepGuard, StopRequest, Watchdog, require_finite
+from attnjax.train.inputs import open_data
 from attnjax.train.program import Program, build, sharding_table
 from attnjax.train.state import TrainState
 from attnjax.train.workdir import check_workdir, prepare_workdir
@@ -65,8 +67,8 @@ def run(
       resume: `auto` continues a run of the same recipe and refuses another's; `force` continues
         with this recipe anyway; `never` refuses a directory that holds a run.
       dry_run: check recipe, model, mesh and data, print the sharding table, write nothing.
-      hang_timeout: seconds without a finished step after which the process dumps its stacks and
-        exits; 0 waits for ever.
+      hang_timeout: seconds without progress after which the process dumps its stacks and exits;
+        compiling, restoring and saving may take longer. 0 waits for ever.
       on_step: called with (step, host batch) before each step, for tests and instruments.
 
     Returns:
@@ -79,41 +81,50 @@ def run(
       Diverged: too many bad steps in a row.
     """
     start = time.monotonic()
-    recipe.validate()
-    mesh = make_mesh(dataclasses.asdict(recipe.mesh))
-    program = build(recipe, mesh)
-    workdir = pathlib.Path(workdir)
-    iterator = open_data(program)
-    try:
-        check_workdir(recipe, workdir, resume)
-        require_agreement(
-            {"recipe": recipe.digest(), "attnjax": attnjax.__version__, "jax": jax.__version__}
-        )
-        if dry_run:
-            _print_plan(program)
-            return None
-        with jax.set_mesh(mesh):
-            return _run(program, workdir, iterator, start, hang_timeout, on_step)
-    finally:
-        iterator.close()
+    workdir, iterator = pathlib.Path(workdir), None
+    with Watchdog(hang_timeout) as watchdog:
+        try:
+            # Each part ends with an agreement, so that processes stop together or not at all.
+            with together() as facts:
+                recipe.validate()
+                facts |= {"recipe": recipe.to_dict(), "resume": resume, "dry_run": dry_run}
+                facts |= {"attnjax": attnjax.__version__, "jax": jax.__version__}
+            with together() as facts:
+                program = build(recipe, make_mesh(dataclasses.asdict(recipe.mesh)))
+                iterator, facts["examples"] = open_data(program)
+                check_workdir(recipe, workdir, resume)
+                require_fit(workdir / "checkpoints", program.state)
+                if latest_step(workdir / "checkpoints") is None:
+                    program.pretrained()  # Read again later: bad weights must not leave a trace.
+            if dry_run:
+                _print_plan(program)
+                return None
+            with together():
+                prepare_workdir(recipe, workdir)
+            watchdog.beat()
+            with jax.set_mesh(program.mesh), StopRequest() as stop:
+                return _run(program, workdir, iterator, start, on_step, stop, watchdog)
+        finally:
+            if iterator is not None:
+                iterator.close()
 
 
-def _run(program: Program, workdir, iterator, start, hang_timeout, on_step) -> RunResult:
+def _run(program, workdir, iterator, start, on_step, stop, watchdog) -> RunResult:
     recipe = program.recipe
-    prepare_workdir(recipe, workdir)
     checkpointer = Checkpointer(
         workdir / "checkpoints",
         every=recipe.checkpoint.every,
         keep=recipe.checkpoint.keep,
         best=recipe.checkpoint.best,
     )
-    restored = checkpointer.restore(program.state)
-    if restored is None:
-        state, step = program.init(), 0
-    else:
-        state, data_state, _, step = restored
-        iterator.set_state(data_state)
-        _log.info("continuing from step %d", step)
+    with watchdog.paused():
+        restored = checkpointer.restore(program.state)
+        if restored is None:
+            state, step = program.init(), 0
+        else:
+            state, data_state, _, step = restored
+            iterator.set_state(data_state)
+            _log.info("continuing from step %d", step)
     for note in program.fallbacks:
         _log.info("replicated: %s", note)
     _log.info("%s parameters, mesh %s", f"{program.parameter_count:,}", dict(program.mesh.shape))
@@ -124,46 +135,50 @@ def _run(program: Program, workdir, iterator, start, hang_timeout, on_step) -> R
     )
     profiler = report.Profiler(workdir, recipe.report.profile_start, recipe.report.profile_steps)
     guard = BadStepGuard(workdir, recipe.guard.patience)
+    guard.rewind(step)
     finals: dict[str, Any] = {}
-    with StopRequest() as stop, Watchdog(hang_timeout) as watchdog:
-        try:
-            pending = None
-            while step < recipe.steps:
-                rows = next(iterator)
-                program.task.check(rows)
-                if on_step is not None:
-                    on_step(step, rows)
-                profiler.at(step)
+    pending, is_compiled = None, False
+    try:
+        while step < recipe.steps:
+            rows = next(iterator)
+            program.task.check(rows)
+            if on_step is not None:
+                on_step(step, rows)
+            profiler.at(step)
+            with contextlib.nullcontext() if is_compiled else watchdog.paused():
                 state, metrics = program.step(state, program.to_device(rows))
-                step += 1
-                # One step behind, so that reading metrics never leaves the devices idle.
-                if pending is not None:
-                    guard.observe(*pending)
-                pending = (step, metrics, rows.get("index"))
-                last, stopping = step == recipe.steps, stop.requested(step)
-                logs = step % recipe.report.every == 0 or last
-                saves = checkpointer.should_save(step) or last or stopping
-                due = [
-                    n for n, e in recipe.evals.items() if last or (e.every and step % e.every == 0)
-                ]
-                if logs or saves or due:
-                    guard.observe(*pending)
-                    values = _numbers(metrics, "train/")
-                    pending = None
-                watchdog.beat()
-                if logs:
-                    writer.write(step, values)
-                    progress.log(step, values)
-                scores = {}
-                for name in due:
-                    results = evaluate(program, state.averaged, recipe.evals[name])
-                    scores.update({f"{name}/{k}": v for k, v in scalars(results).items()})
-                    finals.update({f"{name}/{k}": v for k, v in results.items()})
-                    watchdog.beat()
-                if scores:
-                    writer.write(step, scores)
-                    progress.note(step, scores)
-                if saves:
+                if not is_compiled:
+                    # Other processes may compile for longer than this one.
+                    jax.block_until_ready(metrics)
+            is_compiled = True
+            step += 1
+            # One step behind, so that reading metrics never leaves the devices idle.
+            if pending is not None:
+                guard.observe(*pending)
+            pending = (step, metrics, rows.get("index"))
+            last, stopping = step == recipe.steps, stop.requested(step)
+            logs = step % recipe.report.every == 0 or last
+            saves = checkpointer.should_save(step) or last or stopping
+            due = [n for n, e in recipe.evals.items() if last or (e.every and step % e.every == 0)]
+            if logs or saves or due:
+                guard.observe(*pending)
+                values = _numbers(metrics, "train/")
+                pending = None
+            watchdog.beat()
+            if logs:
+                writer.write(step, values)
+                progress.log(step, values)
+            scores = {}
+            for name in due:
+                results = evaluate(program, state.averaged, recipe.evals[name], watchdog)
+                scores.update({f"{name}/{k}": v for k, v in scalars(results).items()})
+                finals.update({f"{name}/{k}": v for k, v in results.items()})
+            if scores:
+                writer.write(step, scores)
+                progress.note(step, scores)
+            if saves and (last or stopping or not guard.streak):
+                require_finite(step, state)
+                with watchdog.paused():
                     checkpointer.save(
                         step,
                         state,
@@ -172,72 +187,25 @@ def _run(program: Program, workdir, iterator, start, hang_timeout, on_step) -> R
                         metrics=scores,
                         force=last or stopping,
                     )
-                if stopping and not last:
-                    checkpointer.wait()
-                    raise Preempted(f"stopped by a signal after step {step}; run again to continue")
-            checkpointer.wait()
-        finally:
-            profiler.close()
-            writer.close()
-            progress.close()
+            if stopping and not last:
+                raise Preempted(f"stopped by a signal after step {step}; run again to continue")
+    finally:
+        profiler.close()
+        writer.close()
+        progress.close()
+        with watchdog.paused():
             checkpointer.close()
-        if not finals:  # The directory already held the finished run.
-            for name, evaluation in recipe.evals.items():
-                results = evaluate(program, state.averaged, evaluation)
-                finals.update({f"{name}/{k}": v for k, v in results.items()})
-        seconds = time.monotonic() - start
+    if not finals:  # The directory already held the finished run.
+        for name, evaluation in recipe.evals.items():
+            results = evaluate(program, state.averaged, evaluation, watchdog)
+            finals.update({f"{name}/{k}": v for k, v in results.items()})
+    seconds = time.monotonic() - start
+    with watchdog.paused():
         explanation = _explain(program, state)
         if jax.process_index() == 0:
             path = report.final_report(workdir, recipe.to_dict(), finals, explanation, seconds)
             _log.info("report: %s", path)
     return RunResult(step, scalars(finals), state, seconds)
-
-
-def open_data(program: Program):
-    """Open the training data and check that its batches are what the model expects.
-
-    Args:
-      program: the recipe bound to its mesh.
-
-    Returns:
-      The training iterator of this process, at its first batch.
-
-    Raises:
-      RecipeError: data is missing, or an array has another name, shape or type than the model's.
-    """
-    recipe, shard = program.recipe, process_shard(program.mesh)
-    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    for name, evaluation in recipe.evals.items():
-        batch = evaluation.batch or recipe.batch
-        if batch % ways:
-            raise RecipeError(
-                f"evals.{name}.batch={batch}: must be a multiple of mesh.data * mesh.fsdp = {ways}"
-            )
-        rows = next(iter(eval_batches(evaluation.data, batch, *shard)))
-        check_batch(program, rows, f"evals.{name}", batch // shard[1])
-    iterator = train_iterator(recipe.data, recipe.seed, recipe.batch, *shard)
-    try:
-        check_batch(program, iterator.peek(), "data", recipe.batch // shard[1])
-    except BaseException:
-        iterator.close()
-        raise
-    return iterator
-
-
-def check_batch(program: Program, rows: Batch, where: str, count: int) -> None:
-    """Compare one process's rows with the training batch that the task expects.
-
-    Raises:
-      RecipeError: names the array and both shapes or types.
-    """
-    program.task.check(rows)
-    for name, expected in program.batch.items():
-        shape = (count, *expected.shape[1:])
-        if tuple(rows[name].shape) != shape or rows[name].dtype != expected.dtype:
-            raise RecipeError(
-                f"{where}: {name!r} is {rows[name].dtype}{list(rows[name].shape)}, but the model "
-                f"expects {expected.dtype}{list(shape)}"
-            )
 
 
 def _numbers(metrics, prefix: str) -> dict[str, float]:

@@ -52,12 +52,22 @@ class Program:
         """Number of trained scalars."""
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.state.params))
 
+    def pretrained(self) -> Params | None:
+        """Read the pretrained weights that the recipe names; None if it names none.
+
+        Raises:
+          RecipeError: the weights cannot be read or do not fit the model.
+        """
+        weights = self.recipe.model.get("weights")
+        return load_params(self.task.model, weights, resize_positions=True) if weights else None
+
     def init(self) -> TrainState:
         """Create the sharded state of step 0, with the recipe's pretrained weights if it has any.
 
         Raises:
-          RecipeError: the weights do not fit the model.
+          RecipeError: as `pretrained`.
         """
+        params = self.pretrained()
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         # Drawing initial values runs once: on CPU, compiling it well takes longer than it saves.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -65,9 +75,8 @@ class Program:
             make_init(self.task, self.recipe), out_shardings=shardings, compiler_options=quick
         )
         state = init(jax.random.key(self.recipe.seed))
-        if not self.recipe.model.get("weights"):
+        if params is None:
             return state
-        params = load_params(self.task.model, self.recipe.model["weights"], resize_positions=True)
         place = functools.partial(jax.tree.map, lambda x, like: jax.device_put(x, like.sharding))
         params = place(params, state.params)
         ema = () if isinstance(state.ema, tuple) else jax.tree.map(jnp.copy, params)
@@ -93,7 +102,11 @@ def build_task(recipe: Recipe) -> Task:
       RecipeError: the model or the task refuses its arguments.
     """
     fields = {k: v for k, v in recipe.model.items() if k not in ("name", "preset", "weights")}
-    model = build_model(recipe.model["name"], recipe.model.get("preset") or None, **fields)
+    name = recipe.model["name"]
+    try:
+        model = build_model(name, recipe.model.get("preset") or None, **fields)
+    except (RecipeError, TypeError, ValueError) as error:
+        raise RecipeError(f"model {name}: {error}") from error
     options = {name: value for name, value in recipe.task.items() if name != "name"}
     try:
         return registry.resolve("task", recipe.task["name"])(model, **options)
@@ -124,7 +137,7 @@ def build(recipe: Recipe, mesh: Mesh) -> Program:
     task = build_task(recipe)
     try:
         abstract = jax.eval_shape(make_init(task, recipe), jax.random.key(0))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise RecipeError(f"model {recipe.model['name']}: {error}") from error
     shardings, notes = tree_shardings(abstract, mesh, task.param_axes)
     state = jax.tree.map(

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from attnjax.errors import AttnjaxError
 from attnjax.train.progress import Profiler, Progress, duration
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 METRICS_FILE = "metrics.jsonl"
+_EVENTS_FOLDER = "tensorboard"
 
 _PACKAGES = ("attnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -120,7 +122,7 @@ class MetricsWriter:
         _cut(self._path, step)
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         if tensorboard:
-            self._events = _open_events(workdir / "tensorboard", step)
+            self._events = _open_events(workdir / _EVENTS_FOLDER, step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one record.
@@ -131,7 +133,7 @@ class MetricsWriter:
 
         Raises:
           TypeError: a value is no scalar.
-          OSError: the line could not be written whole; it is taken back.
+          AttnjaxError: the line could not be written whole; it is taken back.
         """
         numbers_ = {name: _number(name, value) for name, value in values.items()}
         if self._file is None:
@@ -140,9 +142,13 @@ class MetricsWriter:
         record |= {n: v if math.isfinite(v) else None for n, v in numbers_.items()}
         self._append((json.dumps(record, allow_nan=False) + "\n").encode())
         if self._events is not None:
-            for name, value in numbers_.items():
-                self._events.add_scalar(name, value, int(step))
-            self._events.flush()
+            try:
+                for name, value in numbers_.items():
+                    self._events.add_scalar(name, value, int(step))
+                self._events.flush()
+            except OSError as error:
+                folder = self._path.parent / _EVENTS_FOLDER
+                raise AttnjaxError(f"{folder} cannot be written: {error}") from error
 
     def _append(self, line: bytes) -> None:
         assert self._file is not None
@@ -155,7 +161,7 @@ class MetricsWriter:
         if problem:
             # Half a line in the middle of the file would spoil the records around it.
             os.ftruncate(self._file, size)
-            raise OSError(f"{self._path} cannot be written: {problem}")
+            raise AttnjaxError(f"{self._path} cannot be written: {problem}")
 
     def flush(self) -> None:
         """Make everything written so far survive a power cut."""
@@ -311,11 +317,22 @@ def final_report(
 
     Returns:
       Path of report.md.
+
+    Raises:
+      AttnjaxError: the folder cannot be written.
     """
+    folder = pathlib.Path(workdir) / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _write_report(folder, recipe, results, explanation, seconds, class_names)
+    except OSError as error:
+        raise AttnjaxError(f"{folder} cannot be written: {error}") from error
+
+
+def _write_report(folder, recipe, results, explanation, seconds, class_names) -> pathlib.Path:
     from attnjax.train import figures
 
-    folder = pathlib.Path(workdir) / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    workdir = folder.parent
     records = read_metrics(workdir)
     model = recipe.get("model", {})
     title = " ".join(str(model[k]) for k in ("name", "preset") if model.get(k)) or "run"

@@ -71,11 +71,13 @@ def make_step(
                 (state.params, state.opt_state, state.ema),
             )
         new_guard = _observe(state.guard, loss, healthy)
+        # The optimiser's own count, which its schedule follows: skipped updates are not in it.
+        updates_taken = state.guard.count if guard.skip else state.step
         metrics = {
             **metrics,
             "loss": loss,
             "grad_norm": grad_norm,
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "lr": jnp.asarray(schedule(updates_taken), jnp.float32),
             "skipped": 1.0 - healthy.astype(jnp.float32),
             "bad_steps": new_guard.bad_steps.astype(jnp.float32),
         }

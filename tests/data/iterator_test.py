@@ -184,6 +184,37 @@ def test_repeated_augmentation_in_batches():
     assert len(np.unique(draws)) == draws.size
 
 
+def deit_shard(permutation, rank, replicas, repeats=3):
+    """The indices one replica sees in an epoch: DeiT's repeated-augmentation sampler, by its rule.
+
+    Every index stands three times in a row, the list is padded to equal shards, strided over the
+    replicas, and cut to floor(floor(N / 256) * 256 / replicas).
+    """
+    size = len(permutation)
+    listed = [i for i in permutation for _ in range(repeats)]
+    listed += listed[: -len(listed) % replicas]
+    return listed[rank::replicas][: size // 256 * 256 // replicas]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+def test_processes_see_the_shards_of_repeated_augmentation(replicas):
+    """Two epochs over several processes: strided, disjoint shards of equal size."""
+    size, batch = 600, 64
+    plain = order.Order(size, seed=5)
+    steps = size // 256 * 256 // batch
+    shards = [train(size, batch, 5, (p, replicas), repeats=3) for p in range(replicas)]
+    for epoch in range(2):
+        permutation = [plain[epoch * size + i] for i in range(size)]
+        expected = [deit_shard(permutation, rank, replicas) for rank in range(replicas)]
+        found = [np.concatenate([b["index"] for b in take(it, steps)]).tolist() for it in shards]
+        # Which process stands for which rank does not matter; which examples it sees does.
+        assert sorted(map(sorted, found)) == sorted(map(sorted, expected))
+        seen = np.bincount(np.concatenate(found), minlength=size)
+        assert seen.sum() == 512 and (np.sort(seen)[::-1][:170] == 3).all()
+    for it in shards:
+        it.close()
+
+
 def test_worker_processes_make_the_same_batches_as_threads():
     reference = iterator.train_iterator(DIGITS, 0, 8)
     data = Data(DIGITS.source, DIGITS.pipeline, workers=2, prefetch=1)

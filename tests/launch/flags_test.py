@@ -16,6 +16,8 @@ FLAGS = {
     "convert": {"system", "preset", "set", "input", "output", "to", "resize_positions",
                 "allow_torch_pickle"},
     "compile": {"config", "topology", "batch", "json"},
+    "benchmark": {"config", "suite", "shapes", "only", "peer", "data", "seconds", "out", "dry_run",
+                  "cpu_devices"},
     "claims": {"system", "seeds", "out"},
     "systems": {"json", "readme"},
 }  # fmt: skip

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stems: shapes, initial values and the order of patches."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnjax.nn.embed import ConvStem, PatchEmbed, TokensToToken
+from attnjax.nn.embed import ConvStem, PatchEmbed, TokensToToken, TokenTransformer
 from attnjax.nn.vision import extract_patches
 
 # Float32 sums of a few hundred terms in another order.
@@ -66,3 +68,49 @@ def test_token_stems_capture_attention_that_sums_to_one(kind):
     assert [m.shape for m in maps] == [(1, 1, 36, 36), (1, 1, 4, 4)]
     for m in maps:
         np.testing.assert_allclose(m.sum(-1), 1, atol=TOLERANCE)
+
+
+def token_by_hand(p, x, kind):
+    """The token transformer in float64, from its formula: values on the skip path."""
+    norm = lambda x, q: (
+        (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * q["scale"]
+        + q["bias"]
+    )
+    affine = lambda x, q: (
+        x @ q["kernel"].reshape(q["kernel"].shape[0], -1) + np.ravel(q.get("bias", 0.0))
+    )
+    erf = np.vectorize(math.erf)
+    normal = norm(x, p["attention_norm"])
+    query, key, value = (affine(normal, p["attention"][n]) for n in ("query", "key", "value"))
+    if kind == "t2t":
+        scores = np.einsum("bth,bsh->bts", query, key) / math.sqrt(x.shape[-1])
+        weights = np.exp(scores)
+    else:
+        w = p["random_projection"]
+        phi = lambda x: np.exp(x @ w.T - (x**2).sum(-1, keepdims=True) / 2) / math.sqrt(len(w))
+        weights = np.einsum("btm,bsm->bts", phi(query), phi(key))
+    weights /= weights.sum(-1, keepdims=True) + (1e-8 if kind == "performer" else 0)
+    out = p["attention"]["out"]
+    x = value + np.einsum("bts,bsh->bth", weights, value) @ out["kernel"][0] + out["bias"]
+    hidden = affine(norm(x, p["mlp_norm"]), p["mlp"]["up"])
+    return x + affine(hidden * (1 + erf(hidden / math.sqrt(2))) / 2, p["mlp"]["down"])
+
+
+@pytest.mark.parametrize("kind", ["t2t", "performer"])
+def test_token_transformer_equals_its_formula(kind):
+    """With keys of a size at which attention matters, unlike in the stored logits."""
+    module = TokenTransformer(features=8, kind=kind)
+    x = jax.random.normal(jax.random.key(0), (2, 9, 12))
+    shapes = jax.eval_shape(module.init, jax.random.key(1), x)["params"]
+    rng = np.random.default_rng(0)
+    size = {"t2t": 0.6, "performer": 0.3}[kind]
+    params = jax.tree.map(lambda leaf: size * rng.standard_normal(leaf.shape, np.float32), shapes)
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, x))
+    found, captured = module.apply({"params": params}, x, mutable=["attention"])
+    np.testing.assert_allclose(found, token_by_hand(*wide, kind), atol=TOLERANCE)
+    # The attention is neither flat nor lost beside the small number that guards the division.
+    (weights,) = jax.tree.leaves(captured)
+    assert weights.std() > 0.02
+    flat = {**params, "attention": {**params["attention"]}}
+    flat["attention"]["query"] = jax.tree.map(jnp.zeros_like, params["attention"]["query"])
+    assert np.abs(module.apply({"params": flat}, x) - found).max() > 100 * TOLERANCE

@@ -18,9 +18,13 @@ SPEC = importlib.util.spec_from_file_location("make_crossvit", FOLDER / "make_cr
 golden = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(golden)
 
-# Float32 sums in another order, through some twenty layers; the second also through the resize.
+# Float32 sums in another order, through some twenty layers; the second also through the resize,
+# whose coordinates PyTorch computes in float32.
 TOLERANCE_SAME_SIZE = 1e-5
 TOLERANCE_RESIZED = 1e-4
+# Relative to the largest entry of each gradient, against float64: PyTorch's own float32 gradients
+# of the dagger stems are off by as much as 1.8e-2 (oneDNN's convolutions).
+TOLERANCE_GRADIENT = 2e-5
 
 QUICK = ("timm/9-dagger", "timm/tiny cropped")
 
@@ -82,13 +86,13 @@ def test_logits_and_gradients_equal_timm_with_random_weights(preset):
         return jnp.mean(logits**2), logits
 
     (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    theirs = net(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))
+    theirs = net.double()(torch.from_numpy(image.transpose(0, 3, 1, 2).astype(np.float64)))
     theirs.square().mean().backward()
-    np.testing.assert_allclose(logits, theirs.detach().numpy(), rtol=0, atol=TOLERANCE_RESIZED)
+    np.testing.assert_allclose(logits, theirs.detach().numpy(), rtol=0, atol=TOLERANCE_SAME_SIZE)
     exported = export_params(grads, crossvit.TORCH_NAMES["timm"])
     for name, value in net.named_parameters():
         expected = value.grad.numpy()
         scale = max(np.abs(expected).max(), 1e-3)
         np.testing.assert_allclose(
-            exported[name] / scale, expected / scale, rtol=0, atol=TOLERANCE_RESIZED, err_msg=name
+            exported[name] / scale, expected / scale, rtol=0, atol=TOLERANCE_GRADIENT, err_msg=name
         )

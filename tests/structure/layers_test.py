@@ -9,18 +9,20 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "attnjax"
 
-_GROUND = {"attnjax", "typing", "errors", "registry", "recipe"}
+_GROUND = {"attnjax", "typing", "timing", "errors", "registry", "recipe"}
 
 # What each part of the package may import from it; "attnjax" is the lazy root module.
 ALLOWED = {
     "attnjax": set(),
     "typing": set(),
+    "timing": set(),
     "errors": set(),
     "registry": {"errors"},
     "recipe": {"errors", "registry"},
     "claim": {"errors", "recipe", "registry"},
     "catalog": {"errors", "recipe", "registry", "claim"},
     "ops": _GROUND,
+    "benchmarks": _GROUND | {"ops", "parallel"},
     "parallel": _GROUND | {"ops"},
     "nn": _GROUND | {"ops", "parallel"},
     "losses": _GROUND | {"ops"},

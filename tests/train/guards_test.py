@@ -11,12 +11,14 @@ import textwrap
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnjax.errors import AttnjaxError, Diverged
-from attnjax.train.guards import BadStepGuard, StopRequest, Watchdog
+from attnjax.train.guards import BadStepGuard, StopRequest, Watchdog, require_finite
+from attnjax.train.state import GuardState, TrainState
 
 HEALTHY = {"loss": 1.0, "grad_norm": 2.0, "skipped": 0.0}
 
@@ -71,6 +73,29 @@ def test_unwritable_record_names_the_path(tmp_path):
     guard = BadStepGuard(tmp_path / "missing", patience=9)
     with pytest.raises(AttnjaxError, match=r"missing/bad_steps\.jsonl"):
         guard.observe(1, {**HEALTHY, "skipped": 1.0}, [1])
+
+
+def test_the_count_in_the_state_goes_on_after_a_restart(tmp_path):
+    guard = BadStepGuard(tmp_path, patience=4)
+    guard.observe(9, {**HEALTHY, "skipped": 1.0, "bad_steps": jnp.float32(3)}, [1])
+    assert guard.streak == 3
+    with pytest.raises(Diverged, match="last of 4 bad steps"):
+        guard.observe(10, {**HEALTHY, "skipped": 1.0, "bad_steps": jnp.float32(4)}, [1])
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state", "ema"])
+def test_a_state_that_is_not_finite_is_refused(part):
+    fine = {"w": jnp.ones(3), "count": jnp.int32(2)}
+    parts = {"params": fine, "opt_state": (fine, ()), "ema": ()}
+    rest = {"step": jnp.int32(4), "key": jax.random.key(0), "guard": GuardState.zero()}
+    require_finite(4, TrainState(**parts, **rest))
+    for value in (np.nan, np.inf):
+        bad = {f"w{i}": jnp.ones((2, 3)).at[1, 2].set(value) for i in range(12)}
+        with pytest.raises(
+            Diverged, match=rf"step 4: {part}/w0, .* and 2 more not finite"
+        ) as error:
+            require_finite(4, TrainState(**{**parts, part: bad}, **rest))
+        assert error.value.exit_code == 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -90,3 +90,21 @@ def test_compare_names_both_sides():
         "b: saved int32[], wanted nothing",
         "c: saved nothing, wanted int32[]",
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_not_finite_names_the_arrays(monkeypatch, dtype, value, on_host):
+    monkeypatch.setattr(integrity, "_is_on_host", lambda leaf: on_host)
+    sharding = NamedSharding(make_mesh({"data": 8}), P("data"))
+    fine = jnp.ones((8, 3), dtype)
+    leaves = {
+        "z": jax.device_put(fine.at[7, 2].set(value), sharding),
+        "key": jax.random.key(0),
+        "count": jnp.int32(3),
+        "fine": jax.device_put(fine, sharding),
+        "a": fine.at[0, 0].set(value),
+    }
+    assert integrity.not_finite(leaves) == ["z", "a"]
+    assert integrity.not_finite({"fine": leaves["fine"], "count": leaves["count"]}) == []

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attnjax.errors import AttnjaxError
 from attnjax.train import figures, report
 
 
@@ -115,6 +116,17 @@ while True:
     assert len(raw) - len(steps) <= 1
 
 
+def test_a_report_that_does_not_fit_names_its_folder(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(AttnjaxError, match=r"report cannot be written: .*too large"):
+            report.final_report(tmp_path, {}, {"val/accuracy": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "report").iterdir())
+
+
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
     writer = report.MetricsWriter(tmp_path, tensorboard=False)
     writer.write(1, {"train/loss": 1.0})
@@ -122,7 +134,7 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, hard))
     try:
-        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written"):
+        with pytest.raises(AttnjaxError, match=r"metrics\.jsonl cannot be written"):
             writer.write(2, {"train/loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -53,7 +53,7 @@ class Visibility:
     @property
     def is_static(self) -> bool:
         """Whether all arrays are NumPy, so that schedules can be made on the host."""
-        return all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(self))
+        return all(isinstance(leaf, (np.ndarray, int)) for leaf in jax.tree.leaves(self))
 
     @property
     def is_full(self) -> bool:

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who takes part in the attention benchmark: our implementations and whatever peers are installed.
+
+A contestant turns a case into a function of `(query, key, value)`, or refuses with
+NotImplementedError and the reason; a peer is asked only for what its own interface says.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.ops import IMPLEMENTATIONS, attention, mask
+
+MASKS: dict[str, Callable[[int], mask.Mask]] = {
+    "full": lambda t: mask.full(),
+    "causal": lambda t: mask.causal(),
+    "window": lambda t: mask.sliding_window(max(1, t // 16), 0),
+    "documents": lambda t: mask.documents(_parts(t, (5, 1, 3, 2, 4, 1)), causal=True),
+    "prefix": lambda t: mask.prefix_lm(t // 4),
+    "shared_question": lambda t: mask.share_question(_parts(t, (2, 3, 3, 4, 4))),
+    "global_window": lambda t: mask.global_sliding_window(max(1, t // 32)),
+    "block_sparse": lambda t: _block_sparse(t),
+}
+"""Name -> mask for t queries and as many keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is computed.
+
+    Attributes:
+      mask: key of `MASKS`.
+      dtype: name of the dtype.
+      b, t, n, k, h: examples, tokens (queries and keys), query heads, key/value heads, width.
+      direction: "forward", or "both" for the forward and the backward pass together.
+    """
+
+    mask: str
+    dtype: str
+    b: int
+    t: int
+    n: int
+    k: int
+    h: int
+    direction: str
+
+    @property
+    def area(self) -> int:
+        """Visible elements of one example and head."""
+        return MASKS[self.mask](self.t).area(self.t, self.t)
+
+    @property
+    def flops(self) -> float:
+        """Operations: 4 area n h forward, 2.5 times that backward (a multiply-add is two)."""
+        forward = 4.0 * self.b * self.area * self.n * self.h
+        return forward * (3.5 if self.direction == "both" else 1.0)
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """Return query, key, value and a cotangent of the output, normally distributed."""
+        keys = jax.random.split(jax.random.key(0), 4)
+        heads = (self.n, self.k, self.k, self.n)
+        return tuple(
+            jax.random.normal(key, (self.b, self.t, count, self.h), self.dtype)
+            for key, count in zip(keys, heads, strict=True)
+        )
+
+
+Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def ours(implementation: str) -> Callable[[Case], Function]:
+    """Return the contestant of one of our implementations."""
+
+    def make(case: Case) -> Function:
+        seen = MASKS[case.mask](case.t)
+        return lambda q, k, v: attention(q, k, v, mask=seen, implementation=implementation)
+
+    return make
+
+
+def jax_nn(case: Case) -> Function:
+    """`jax.nn.dot_product_attention`, XLA."""
+    options: dict[str, Any] = {}
+    if case.mask == "causal":
+        options["is_causal"] = True
+    elif case.mask != "full":
+        options["mask"] = jnp.asarray(MASKS[case.mask](case.t).dense_bnts(case.t, case.t))
+    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)
+
+
+def flax(case: Case) -> Function:
+    """`flax.linen.dot_product_attention`, which knows dense masks and no grouped heads."""
+    linen = _import("flax.linen")
+    if case.k != case.n:
+        raise NotImplementedError("flax: no grouped-query heads")
+    visible = None
+    if case.mask != "full":
+        visible = jnp.asarray(MASKS[case.mask](case.t).dense_bnts(case.t, case.t))
+    return lambda q, k, v: linen.dot_product_attention(q, k, v, mask=visible)
+
+
+def tokamax(case: Case) -> Function:
+    """`tokamax.dot_product_attention`, its own choice of implementation."""
+    module = _import("tokamax")
+    options: dict[str, Any] = {}
+    if case.mask == "causal":
+        options["is_causal"] = True
+    elif case.mask != "full":
+        options["mask"] = jnp.asarray(MASKS[case.mask](case.t).dense_bnts(case.t, case.t))
+    return lambda q, k, v: module.dot_product_attention(q, k, v, **options)
+
+
+CONTESTANTS: dict[str, Callable[[Case], Function]] = {
+    **{name: ours(name) for name in IMPLEMENTATIONS},
+    "jax.nn": jax_nn,
+    "flax": flax,
+    "tokamax": tokamax,
+}
+"""Name -> contestant that runs in this process."""
+
+
+class Torch:
+    """PyTorch's `scaled_dot_product_attention` in a process of its own; a context manager."""
+
+    def __init__(self, threads: int = 0):
+        """Remember how many CPU threads it may use (0: its own choice)."""
+        self.threads = threads
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Torch":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.wait(timeout=30)
+
+    def prepare(self, case: Case) -> Callable[[], float]:
+        """Return a function that runs a case once and returns its seconds.
+
+        Raises:
+          NotImplementedError: torch is not installed, or has no such mask.
+        """
+        if importlib.util.find_spec("torch") is None:
+            raise NotImplementedError("torch: not installed")
+        request = {
+            "shape": [case.b, case.n, case.t, case.h],
+            "kv_heads": case.k,
+            "dtype": case.dtype,
+            "mask": case.mask,
+            "direction": case.direction,
+            "threads": self.threads,
+        }
+        answer = self._ask({"case": request})
+        if "refused" in answer:
+            raise NotImplementedError(f"torch: {answer['refused']}")
+        return lambda: self._ask({"run": 1})["seconds"]
+
+    def _ask(self, request):
+        if self._process is None:
+            command = [sys.executable, "-m", "attnjax.benchmarks.torch_worker"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise NotImplementedError("torch: its process ended")
+        return json.loads(line)
+
+
+def _import(name):
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        raise NotImplementedError(f"{name}: not installed")
+    return importlib.import_module(name)
+
+
+def _parts(t, shares):
+    """Cut t tokens into documents of roughly these shares."""
+    ends = [round(t * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+    return [b - a for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
+
+
+def _block_sparse(t):
+    """A quarter of the blocks of 128 tokens, the same for all heads, the diagonal always kept."""
+    import numpy as np
+
+    size = min(128, t)
+    count = t // size
+    kept = np.random.default_rng(0).random((count, count)) < 0.25
+    np.fill_diagonal(kept, True)
+    sizes = [size] * (count - 1) + [t - size * (count - 1)]
+    return mask.blocks(kept, sizes, sizes)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax in groups: landmarks gate their blocks, with all weights in one matrix.
+
+Mohtashami and Jaggi, "Landmark Attention", arXiv 2305.16300, Section 3.1. A block is a run of keys
+up to and including a landmark. Of a query in block o, with scores z:
+
+    main      = softmax of z over the normal keys of o and the landmarks of other blocks
+    inner_b   = softmax of z over the normal keys of another block b
+    weight_k  = 0 for landmarks, main_k for k in o, inner_b,k * main_landmark(b) for k in b
+
+`attnjax.ops.landmark` computes the same block by block.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.ops.dropout import dropout_factor, dropout_seed
+from attnjax.ops.normalizer import EMPTY_LSE, Rowwise, register, softmax
+from attnjax.typing import Array, PRNGKey
+
+
+@register(("is_landmark", "dropout_key"))
+class Grouped(Rowwise):
+    """Softmax in groups; queries are the last t of the s keys. Add a causal mask yourself.
+
+    Keys without a landmark behind them form a block that only its own queries see. Where a query
+    sees a landmark but no normal key of its block, the landmark's share of the weight is lost.
+
+    Attributes:
+      is_landmark: bool `[b|1, s]`.
+      dropout_rate: probability that a query's gate to another block is dropped (in training).
+      dropout_key: typed key, needed when the rate is not 0.
+    """
+
+    is_landmark: Any
+    dropout_rate: float = 0.0
+    dropout_key: PRNGKey | None = None
+
+    def check(self, n, h, hv):
+        shape, dtype = jnp.shape(self.is_landmark), jnp.result_type(self.is_landmark)
+        if len(shape) != 2 or dtype != jnp.bool_:
+            raise ValueError(f"is_landmark must be bool [b,s], got {dtype} {shape}")
+        check_group_dropout(self.dropout_rate, self.dropout_key)
+
+    def weights(self, scores):
+        b, n, t, s = scores.shape
+        is_landmark = self.is_landmark
+        if is_landmark.shape not in ((1, s), (b, s)) or t > s:
+            raise ValueError(
+                f"is_landmark of shape {is_landmark.shape} does not fit {t} queries of {s} keys in "
+                f"{b} examples: it needs [{b} or 1, {s}], and no more queries than keys"
+            )
+        groups = s
+        if isinstance(is_landmark, np.ndarray):
+            groups = 1 + int(is_landmark.sum(axis=-1).max())
+        is_landmark = jnp.asarray(is_landmark)
+        count = jnp.cumsum(is_landmark, axis=-1, dtype=jnp.int32)
+        block_bs = count - is_landmark
+        own = (block_bs[:, s - t :, None] == block_bs[:, None, :])[:, None]
+        landmark = is_landmark[:, None, None, :]
+        main, _ = softmax(scores, where=own ^ landmark)
+        inner = _softmax_by_group(
+            jnp.where(own | landmark, -jnp.inf, scores),
+            jnp.broadcast_to(block_bs, (b, s)),
+            groups,
+        )
+        # The landmark behind every key; s where there is none.
+        behind_bs = jax.lax.cummin(
+            jnp.where(is_landmark, jnp.arange(s, dtype=jnp.int32), s), axis=1, reverse=True
+        )
+        behind = behind_bs[:, None, None, :]
+        gate = jnp.take_along_axis(
+            main, jnp.broadcast_to(jnp.minimum(behind, s - 1), scores.shape), axis=-1
+        )
+        gate = jnp.where(behind < s, gate, 0)
+        if self.dropout_rate:
+            head = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, n, 1, 1)
+            query = jnp.arange(t, dtype=jnp.uint32).reshape(1, 1, t, 1)
+            factor = dropout_factor(
+                dropout_seed(self.dropout_key),
+                self.dropout_rate,
+                head,
+                query,
+                behind.astype(jnp.uint32),
+            )
+            gate = gate * factor.astype(gate.dtype)
+        return jnp.where(landmark, 0, jnp.where(own, main, inner * gate))
+
+
+def check_group_dropout(rate: float, key: PRNGKey | None) -> None:
+    """Raise ValueError unless the rate is in [0, 1) and comes with a key if it is not 0."""
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"the rate of group dropout must be in [0, 1), got {rate}")
+    if rate and key is None:
+        raise ValueError(f"group dropout of rate {rate} needs a key")
+
+
+def _softmax_by_group(scores_bnts: Array, group_bs: Array, groups: int) -> Array:
+    """Normalise within groups of keys numbered from 0; groups of nothing but -inf become zero."""
+
+    def one(scores_nts, group_s):
+        scores_snt = jnp.moveaxis(scores_nts, -1, 0)
+        total_of = lambda x, reduce: reduce(x, group_s, groups, indices_are_sorted=True)[group_s]
+        top = jnp.maximum(total_of(scores_snt, jax.ops.segment_max), EMPTY_LSE)
+        exponential = jnp.exp(scores_snt - jax.lax.stop_gradient(top))
+        total = total_of(exponential, jax.ops.segment_sum)
+        return jnp.moveaxis(exponential / jnp.where(total == 0, 1, total), 0, -1)
+
+    return jax.vmap(one)(scores_bnts, group_bs)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Landmark attention: every block of keys ends with a landmark that gates it.
+
+Mohtashami and Jaggi, "Landmark Attention", arXiv 2305.16300, Section 3.1. The definition is that of
+`attnjax.ops.grouped`. Block by block it is attention over the normal keys of a query's own block
+and one value o_b for each earlier block b, whose logit is the score of its landmark:
+
+    o_b, lse_b = attention over the normal keys of block b
+    out        = merge over b of (o_b, lse_b if b is the own block, else landmark score)
+
+so partial attention and `merge_partials` are all it takes.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.ops import mask as masks
+from attnjax.ops.attention import attention
+from attnjax.ops.dropout import dropout_factor, dropout_seed
+from attnjax.ops.grouped import Grouped, check_group_dropout
+from attnjax.ops.mask import Mask
+from attnjax.ops.merge import merge_partials
+from attnjax.ops.normalizer import EMPTY_LSE, softmax
+from attnjax.typing import Array, PRNGKey
+
+
+def landmark_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    is_landmark: Array | None = None,
+    block: int | None = None,
+    mask: Mask | Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    group_dropout_rate: float = 0.0,
+    group_dropout_key: PRNGKey | None = None,
+) -> Array:
+    """Attend causally through landmarks; queries are the last t of the s keys.
+
+    Args:
+      query: `[b,t,n,h]` floating.
+      key: `[b,s,k,h]`, landmarks among the keys; `k` divides `n`.
+      value: `[b,s,k,hv]`.
+      is_landmark: bool `[b|1, s]`, where the landmarks are, anywhere; holds all weights
+        `[b,n,t,s]`. Give this or `block`.
+      block: landmarks are the keys block - 1, 2 block - 1, ...; holds the scores of one block at a
+        time, `[b,n,t,block]`. At least 2.
+      mask: what may be seen besides being in the past, a `Mask` or bool, see `attention`.
+      scale: factor of the raw scores; `h ** -0.5` if None.
+      softcap: see `attention`.
+      group_dropout_rate: probability that a query's gate to an earlier block is dropped, in [0, 1).
+      group_dropout_key: typed key, needed when the rate is not 0. Both forms drop the same gates.
+
+    Returns:
+      `[b,t,n,hv]` in the dtype of the query. Zero where a query sees nothing, as the first landmark
+      of a tape may.
+
+    Raises:
+      ValueError: landmarks are given twice or not at all, or shapes do not fit.
+    """
+    if (is_landmark is None) == (block is None):
+        raise ValueError("give either is_landmark or block")
+    if block is None:
+        normalizer = Grouped(
+            is_landmark if isinstance(is_landmark, np.ndarray) else jnp.asarray(is_landmark),
+            group_dropout_rate,
+            group_dropout_key,
+        )
+        return attention(
+            query,
+            key,
+            value,
+            mask=_causal(mask),
+            scale=scale,
+            softcap=softcap,
+            normalizer=normalizer,
+            implementation="reference",
+        )
+    if block < 2:
+        raise ValueError(f"block={block}: a landmark and what it stands for need at least 2 keys")
+    check_group_dropout(group_dropout_rate, group_dropout_key)
+    b, t, n, h = query.shape
+    s, k = key.shape[1:3]
+    if t > s or n % k or key.shape[:3] != value.shape[:3] or key.shape[::3] != (b, h):
+        raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape} do not fit")
+    return _by_block(
+        query,
+        key,
+        value,
+        block=block,
+        mask=_causal(mask),
+        scale=h**-0.5 if scale is None else scale,
+        softcap=softcap,
+        rate=group_dropout_rate,
+        seed=dropout_seed(group_dropout_key) if group_dropout_rate else None,
+    )
+
+
+def _causal(mask):
+    if mask is None:
+        return masks.causal()
+    return masks.causal() & (mask if isinstance(mask, Mask) else masks.array(mask))
+
+
+def _by_block(query, key, value, *, block, mask, scale, softcap, rate, seed):
+    b, t, n, h = query.shape
+    s, k, hv = value.shape[1:]
+    count = math.ceil(s / block)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    query_btkgh = query.reshape(b, t, k, n // k, h)
+    widths = ((0, 0), (0, count * block - s), (0, 0), (0, 0))
+    key_bskh, value_bskh = jnp.pad(key, widths), jnp.pad(value, widths)
+    visibility = mask.visibility(t, s).pad(t, s, t, count * block)
+    own_block_t = (np.arange(t) + s - t) // block
+
+    # The scores of a block are worth less than the memory they would take until the way back.
+    @jax.checkpoint
+    def step(merged, index):
+        start = index * block
+        key_part, value_part = (
+            jax.lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (key_bskh, value_bskh)
+        )
+        scores_bnts = scale * jnp.einsum(
+            "btkgh,bskh->bkgts", query_btkgh, key_part, preferred_element_type=wide
+        ).reshape(b, n, t, block)
+        if softcap is not None:
+            scores_bnts = softcap * jnp.tanh(scores_bnts / softcap)
+        scores_bnts = jnp.where(visibility.tile(0, start, t, block), scores_bnts, -jnp.inf)
+        weights_bnts, lse_bnt = softmax(scores_bnts[..., :-1])
+        out_btkgh = jnp.einsum(
+            "bkgts,bskh->btkgh",
+            weights_bnts.astype(value.dtype).reshape(b, k, n // k, t, block - 1),
+            value_part[:, :-1],
+            preferred_element_type=wide,
+        )
+        out_btnh = out_btkgh.reshape(b, t, n, hv)
+        is_own = own_block_t == index
+        if rate:
+            head = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, 1, n)
+            position = jnp.arange(t, dtype=jnp.uint32).reshape(1, t, 1)
+            landmark = jnp.uint32(start + block - 1)
+            factor = dropout_factor(seed, rate, head, position, landmark).astype(wide)
+            out_btnh = out_btnh * jnp.where(is_own[:, None], 1, factor)[..., None]
+        logit_bnt = jnp.where(is_own, lse_bnt, scores_bnts[..., -1])
+        return merge_partials([merged, (out_btnh, logit_bnt)]), None
+
+    start = (jnp.zeros((b, t, n, hv), wide), jnp.full((b, n, t), EMPTY_LSE, wide))
+    (out_btnh, _), _ = jax.lax.scan(step, start, jnp.arange(count))
+    return out_btnh.astype(query.dtype)

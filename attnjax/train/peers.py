@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same model in somebody else's library, to compare the speed of a training step."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from attnjax.errors import RecipeError
+from attnjax.recipe import Recipe
+from attnjax.registry import nearest
+
+TIMM_NAMES = {
+    ("crossvit", "tiny"): "crossvit_tiny_240",
+    ("crossvit", "small"): "crossvit_small_240",
+    ("crossvit", "base"): "crossvit_base_240",
+    ("crossvit", "9"): "crossvit_9_240",
+    ("crossvit", "15"): "crossvit_15_240",
+    ("crossvit", "18"): "crossvit_18_240",
+    ("crossvit", "9-dagger"): "crossvit_9_dagger_240",
+    ("crossvit", "15-dagger"): "crossvit_15_dagger_240",
+    ("crossvit", "18-dagger"): "crossvit_18_dagger_240",
+    ("crossvit", "15-dagger-384"): "crossvit_15_dagger_408",
+    ("crossvit", "18-dagger-384"): "crossvit_18_dagger_408",
+}
+"""(slug, preset) -> name in timm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """Another implementation of a recipe's model.
+
+    Attributes:
+      name: library and version.
+      parameters: trained scalars.
+      forward: logits of a fixed batch, evaluation mode; waits for the result.
+      step: one optimiser step on a fixed batch; waits for the result.
+    """
+
+    name: str
+    parameters: int
+    forward: Callable[[], object]
+    step: Callable[[], object]
+
+
+def build(name: str, recipe: Recipe, threads: int) -> Peer:
+    """Build a peer for a recipe.
+
+    Args:
+      name: "timm".
+      recipe: a classification recipe whose model has a preset; float32.
+      threads: CPU threads it may use.
+
+    Returns:
+      The peer, at random weights and on random images.
+
+    Raises:
+      RecipeError: no such peer, it is not installed, or it has no such model.
+    """
+    if name != "timm":
+        raise RecipeError(f"--peer={name!r}: {nearest(name, ('timm',))}")
+    return _timm(recipe, threads)
+
+
+def _timm(recipe, threads):
+    try:
+        import timm
+        import torch
+    except ImportError as error:
+        raise RecipeError(
+            f"--peer=timm needs the extra parity: pip install 'attnjax[parity]' ({error})"
+        ) from error
+    model, optim = recipe.model, recipe.optim
+    title = TIMM_NAMES.get((model["name"], model.get("preset", "")))
+    if title is None:
+        raise RecipeError(f"timm has no counterpart of {model['name']}, preset {model['preset']!r}")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    classes = model.get("num_classes", 1000)
+    net = timm.create_model(
+        title, num_classes=classes, drop_path_rate=float(model.get("drop_path", 0.0))
+    )
+    side = net.img_size[0] if isinstance(net.img_size, (tuple, list)) else net.img_size
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.standard_normal((recipe.batch, 3, side, side), np.float32))
+    label = torch.from_numpy(rng.integers(0, classes, recipe.batch))
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=recipe.task.get("label_smoothing", 0.0))
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )  # fmt: skip
+
+    def forward():
+        net.eval()
+        with torch.inference_mode():
+            return net(image).numpy()
+
+    def step():
+        net.train()
+        optimizer.zero_grad(set_to_none=True)
+        loss = criterion(net(image), label)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    count = sum(x.numel() for x in net.parameters())
+    return Peer(f"timm {timm.__version__}, torch {torch.__version__}", count, forward, step)

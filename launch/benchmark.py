@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure speed: python -m launch.benchmark --suite=attention --out=DIR
+or --suite=training --config=FILE [--peer=timm]
+
+attention: implementations and installed peers in turns; results.csv (resumable) and results.png.
+training: a recipe's step and forward pass, its data pipeline, and a peer in turns.
+Progress goes to stderr, a table to stdout.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from attnjax.errors import RecipeError
+from launch import command
+
+SUITES = ("attention", "training")
+CONFIG = command.define_config()
+SUITE = flags.DEFINE_string("suite", None, "What to measure: " + ", ".join(SUITES) + ".")
+SHAPES = flags.DEFINE_string("shapes", "standard", "attention: quick, standard or long.")
+ONLY = flags.DEFINE_string("only", "", "attention: pattern of cells, such as chunked/causal/.*")
+PEER = flags.DEFINE_string("peer", "", "training: also measure the model in this library (timm).")
+DATA = flags.DEFINE_bool("data", True, "training: also measure the data pipeline alone.")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "Time for each comparison.")
+OUT = flags.DEFINE_string("out", "", "attention: folder; training: JSON-lines file to append to.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "attention: list the cells, measure nothing.")
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
+
+
+def main() -> None:
+    from attnjax import registry
+
+    if SUITE.value not in SUITES:
+        raise RecipeError(f"--suite={SUITE.value}: {registry.nearest(SUITE.value or '', SUITES)}")
+    {"attention": attention, "training": training}[SUITE.value]()
+
+
+def attention() -> None:
+    """Run the attention suite."""
+    from attnjax.benchmarks import attention as suite
+    from attnjax.benchmarks.figures import draw_attention
+
+    try:
+        cases = suite.grid(SHAPES.value, ONLY.value)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if DRY_RUN.value:
+        print("\n".join(suite.cell(name, case) for case, names in cases for name in names))
+        return
+    if not OUT.value:
+        raise RecipeError("--out is missing: the folder for results.csv and results.png")
+    folder = pathlib.Path(OUT.value)
+    table = _writable(str(folder / "results.csv"))
+    command.start_devices("", 0, -1, CPU_DEVICES.value)
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    rows = suite.run(cases, table, budget=SECONDS.value, say=say)
+    draw_attention(rows, folder / "results.png")
+    print(suite.render(rows))
+
+
+def training() -> None:
+    """Run the training suite."""
+    recipe = CONFIG.value
+    if not recipe.model:
+        from attnjax.recipe import available
+
+        raise RecipeError("--config is missing; recipes: " + ", ".join(available()))
+    recipe.validate()
+    out = _writable(OUT.value)
+    command.start_devices("", 0, -1, CPU_DEVICES.value)
+    from attnjax.train.throughput import measure, render
+
+    record = measure(recipe, peer=PEER.value, with_data=DATA.value, seconds=SECONDS.value)
+    if out:
+        with out.open("a") as file:
+            file.write(json.dumps({"suite": "training", **record}) + "\n")
+    print(render(record))
+
+
+def _writable(path):
+    if not path:
+        return None
+    try:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(path).open("a").close()
+    except OSError as error:
+        raise RecipeError(f"--out: {path} cannot be written: {error}") from error
+    return pathlib.Path(path)
+
+
+if __name__ == "__main__":
+    command.run(main)

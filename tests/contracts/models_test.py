@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every registered model owes the rest of the library.
+
+Presets are checked by their shapes alone. What must run does so on the model of the system's smoke
+recipe, with parameters drawn here, so that nothing is zero that would not be after training.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import inspect
+import math
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attnjax
+from attnjax import recipe, registry
+from attnjax.models.load import abstract_params, build
+from attnjax.parallel import batch_sharding, make_mesh, tree_shardings
+from attnjax.weights import export_params, flatten, import_params, plan, unflatten
+
+SLUGS = [system.slug for system in registry.SYSTEMS.values() if system.kind == "model"]
+PRESETS = [
+    (slug, preset)
+    for slug in SLUGS
+    for preset in importlib.import_module(registry.system(slug).module).PRESETS
+]
+
+# Parameters of every preset with its own defaults, counted in the reference code.
+COUNTS = {
+    "crossvit": {
+        "tiny": 7_014_800,
+        "small": 26_856_272,
+        "base": 105_025_232,
+        "9": 8_553_296,
+        "15": 27_528_464,
+        "18": 43_271_408,
+        "9-dagger": 8_776_592,
+        "15-dagger": 28_209_008,
+        "18-dagger": 44_266_976,
+        "15-dagger-384": 28_500_080,
+        "18-dagger-384": 44_606_560,
+    },
+}
+
+FIELDS = 16
+BATCH = 8
+
+SAME_MATH = 2e-5  # float32 sums in another order, relative to the largest entry
+HALF = 5e-2  # eight bits of mantissa through a few layers, relative to the largest entry
+ROUNDING = 1e-5  # a gradient below this part of the largest is nothing but rounding
+
+# Gradients are large graphs; optimising them takes longer than running them.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def home_of(slug):
+    return importlib.import_module(registry.system(slug).module)
+
+
+def forward(model):
+    """The logits as a function of parameters and batch."""
+    return lambda params, batch: model.apply({"params": params}, **batch).logits
+
+
+def draw(model, seed=0):
+    """Parameters and a batch of normal numbers."""
+    rng = np.random.default_rng(seed)
+    normal = lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)
+    leaves = {path: normal(leaf) for path, leaf in flatten(abstract_params(model)).items()}
+    leaves |= {path: 1 + leaf for path, leaf in leaves.items() if path.endswith("/scale")}
+    batch = {
+        name: rng.standard_normal(x.shape).astype(x.dtype)
+        for name, x in model.example(BATCH).items()
+    }
+    return unflatten(leaves), batch
+
+
+@functools.cache
+def small(slug):
+    """The model of the smoke recipe, its parameters, a batch, the loss and its gradient."""
+    fields = dict(recipe.load(f"configs/{slug}/smoke.py").model)
+    fields = {k: v for k, v in fields.items() if k not in ("name", "preset", "weights")}
+    model = build(slug, **fields)
+    params, batch = draw(model)
+
+    def loss(params, batch):
+        logits = forward(model)(params, batch)
+        return jnp.mean(logits.astype(jnp.float32) ** 2), logits
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    (_, logits), gradients = step(params, batch)
+    return types.SimpleNamespace(
+        slug=slug, home=home_of(slug), fields=fields, model=model, params=params, batch=batch,
+        step=step, logits=np.asarray(logits), gradients=flatten(jax.device_get(gradients)),
+    )  # fmt: skip
+
+
+def assert_close(ours, expected, tolerance, message=""):
+    scale = np.abs(np.asarray(expected, np.float32)).max()
+    np.testing.assert_allclose(
+        np.asarray(ours, np.float32), expected, rtol=0, atol=tolerance * scale, err_msg=message
+    )
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_paper_is_cited(slug):
+    paper = home_of(slug).PAPER
+    assert set(paper) == {"title", "id", "year", "code", "licence", "claim"}
+    assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:\S+", paper["id"])
+    assert paper["id"].removeprefix("arXiv:") in inspect.getdoc(home_of(slug))
+    assert type(paper["year"]) is int and 2014 <= paper["year"] <= 2030
+    assert paper["code"].startswith("https://") and paper["licence"]
+    assert paper["title"] and paper["claim"].endswith(".")
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_file_reads_in_the_agreed_order(slug):
+    home = home_of(slug)
+    model_class = registry.resolve("model", slug)
+    body = ast.parse(inspect.getsource(home)).body
+    lines = {}
+    for node in body:
+        for target in getattr(node, "targets", [node]):
+            lines[getattr(target, "id", getattr(target, "name", ""))] = node.lineno
+    blocks = [
+        name
+        for name, value in vars(home).items()
+        if inspect.isclass(value) and value.__module__ == home.__name__
+        and name not in ("Output", model_class.__name__)
+    ]  # fmt: skip
+    order = ["PAPER", "PRESETS", "Output", *blocks, model_class.__name__, "TORCH_NAMES"]
+    assert [name for name in sorted(lines, key=lines.get) if name in order] == order
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_constructor_is_small_and_has_the_papers_defaults(slug):
+    model_class = registry.resolve("model", slug)
+    fields = [f for f in dataclasses.fields(model_class) if f.name not in ("name", "parent")]
+    assert len(fields) <= FIELDS
+    assert all(f.default is not dataclasses.MISSING for f in fields)
+    documented = set(re.findall(r"^  (?:  )?(\w+):", inspect.getdoc(model_class), re.MULTILINE))
+    assert {f.name for f in fields} == documented
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_preset_has_a_count(slug):
+    presets = home_of(slug).PRESETS
+    assert all(isinstance(name, str) and name for name in presets)
+    assert set(COUNTS[slug]) == set(presets)
+
+
+@pytest.mark.parametrize(("slug", "preset"), PRESETS)
+def test_preset_by_shapes(slug, preset):
+    """Abstract initialisation, forward pass and `load`; the exact count; complete name tables."""
+    model = build(slug, preset)
+    example = model.example(2)
+    assert all(x.shape[0] == 2 for x in example.values())
+    assert set(example) <= set(inspect.signature(model.__call__).parameters)
+    output, variables = jax.eval_shape(
+        lambda batch: model.init_with_output(jax.random.key(0), **batch), example
+    )
+    assert isinstance(output, home_of(slug).Output)
+    assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(output))
+    assert isinstance(output.aux, dict) and output.logits.dtype == jnp.float32
+    assert set(variables) == {"params"}
+    leaves = flatten(variables["params"])
+    assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("float32")}
+    assert sum(leaf.size for leaf in leaves.values()) == COUNTS[slug][preset]
+    loaded = flatten(jax.eval_shape(lambda: attnjax.load(slug, preset)[1]))
+    assert {k: x.shape for k, x in loaded.items()} == {k: x.shape for k, x in leaves.items()}
+    assert model.flops() > 2 * sum(leaf.size for p, leaf in leaves.items() if "head" in p)
+    tables = home_of(slug).TORCH_NAMES or {}
+    for rules in tables.values():
+        entries = plan({path: leaf.shape for path, leaf in leaves.items()}, rules)
+        held = [path for entry in entries.values() for path in entry.paths]
+        assert sorted(held) == sorted(leaves)
+        assert sum(math.prod(entry.shape) for entry in entries.values()) == COUNTS[slug][preset]
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_weight_map_goes_there_and_back(slug):
+    case = small(slug)
+    shapes = {path: leaf.shape for path, leaf in flatten(case.params).items()}
+    for rules in (None, *(case.home.TORCH_NAMES or {}).values()):
+        tensors = export_params(case.params, rules)
+        again = flatten(import_params(tensors, shapes, case.home.TORCH_NAMES))
+        for path, leaf in flatten(case.params).items():
+            np.testing.assert_array_equal(again[path], leaf)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_forward_is_finite_and_deterministic(slug, dtype):
+    case = small(slug)
+    model = build(slug, **case.fields, dtype=dtype)
+    run = jax.jit(forward(model))
+    logits = run(case.params, case.batch)
+    assert logits.dtype == jnp.float32 and logits.shape == case.logits.shape
+    assert np.isfinite(logits).all()
+    assert_close(logits, case.logits, {"float32": SAME_MATH, "bfloat16": HALF}[dtype])
+    np.testing.assert_array_equal(run(case.params, case.batch), logits)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_parameter_is_trained_or_listed(slug):
+    case = small(slug)
+    listed = (*getattr(case.home, "FROZEN", ()), *getattr(case.home, "INERT", ()))
+    largest = max(np.abs(g).max() for g in case.gradients.values())
+    for path, gradient in case.gradients.items():
+        assert np.isfinite(gradient).all(), path
+        is_listed = any(re.search(pattern, path) for pattern in listed)
+        assert (np.abs(gradient).max() <= ROUNDING * largest) == is_listed, path
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_examples_of_a_batch_do_not_meet(slug):
+    case = small(slug)
+    rng = np.random.default_rng(1)
+    rows = rng.permutation(BATCH)
+    (_, logits), _ = case.step(case.params, {k: x[rows] for k, x in case.batch.items()})
+    assert_close(logits, case.logits[rows], SAME_MATH)
+    # The first example keeps its answer beside others.
+    other = {k: rng.standard_normal(x.shape).astype(x.dtype) for k, x in case.batch.items()}
+    other = {k: np.concatenate([case.batch[k][:1], x[1:]]) for k, x in other.items()}
+    (_, logits), _ = case.step(case.params, other)
+    assert_close(logits[:1], case.logits[:1], SAME_MATH)
+    assert np.abs(logits[1:] - case.logits[1:]).max() > SAME_MATH
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_sharded_equals_unsharded(slug):
+    case = small(slug)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    axes = getattr(case.home, "PARAM_AXES", ())
+    shardings, notes = tree_shardings(case.params, mesh, axes)
+    specs = [s.spec for s in jax.tree.leaves(shardings)]
+    assert any("fsdp" in spec for spec in specs) and any("model" in spec for spec in specs)
+    assert len(notes) < len(specs) / 4, notes
+    with jax.set_mesh(mesh):
+        params = jax.device_put(case.params, shardings)
+        batch = jax.device_put(case.batch, batch_sharding(mesh))
+        (_, logits), gradients = case.step(params, batch)
+    assert_close(logits, case.logits, SAME_MATH)
+    inert = getattr(case.home, "INERT", ())
+    for path, gradient in flatten(jax.device_get(gradients)).items():
+        if not any(re.search(pattern, path) for pattern in inert):
+            assert_close(gradient, case.gradients[path], SAME_MATH, path)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_captured_attention_sums_to_one_and_changes_nothing(slug):
+    case = small(slug)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params, batch):
+        output, captured = case.model.apply({"params": params}, **batch, mutable=["attention"])
+        return output.logits, captured, case.model.attention_maps(captured)
+
+    logits, captured, maps = run(case.params, case.batch)
+    assert_close(logits, case.logits, SAME_MATH)
+    weights = jax.tree.leaves(captured)
+    assert weights
+    for weights_bnts in weights:
+        assert weights_bnts.ndim == 4 and weights_bnts.dtype == jnp.float32
+        assert weights_bnts.shape[0] == BATCH and weights_bnts.min() >= 0
+        np.testing.assert_allclose(weights_bnts.sum(axis=-1), 1, atol=SAME_MATH)
+    assert maps
+    for title, map_byx in maps.items():
+        assert title and map_byx.ndim == 3 and map_byx.shape[0] == BATCH
+        assert map_byx.min() >= 0 and map_byx.sum(axis=(1, 2)).max() <= 1 + SAME_MATH
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_randomness_is_for_training_only(slug):
+    """With every rate up, evaluation needs no key and ignores one; training follows its key."""
+    case = small(slug)
+    rates = [f.name for f in dataclasses.fields(case.model) if f.name.startswith("drop")]
+    model = build(slug, **case.fields, **{name: 0.5 for name in rates})
+
+    @functools.partial(jax.jit, static_argnames="train", compiler_options=QUICK)
+    def run(params, batch, key, train):
+        rngs = {"dropout": key}
+        return model.apply({"params": params}, **batch, train=train, rngs=rngs).logits
+
+    first, second = jax.random.key(0), jax.random.key(1)
+    for key in (first, second):
+        assert_close(run(case.params, case.batch, key, False), case.logits, SAME_MATH)
+    trained = [run(case.params, case.batch, key, True) for key in (first, first, second)]
+    assert np.isfinite(trained).all()
+    np.testing.assert_array_equal(trained[0], trained[1])
+    assert bool(rates) == bool(np.abs(trained[0] - trained[2]).max() > SAME_MATH)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""launch.benchmark measures what it says and refuses early."""
+
+import json
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "known: "),
+        (("--suite=trainin",), "did you mean 'training'"),
+        (("--suite=training",), "--config is missing"),
+        (("--suite=attention",), "--out is missing"),
+        (("--suite=attention", "--only=nobody"), "matches no cell"),
+        (("--suite=attention", "--shapes=hug"), "choose from"),
+        (
+            ("--suite=training", "--config=configs/crossvit/smoke.py", "--out=/proc/none/x"),
+            "cannot be written",
+        ),
+        (
+            ("--suite=training", "--config=configs/crossvit/smoke.py", "--peer=tim"),
+            "did you mean 'timm'",
+        ),
+    ],
+)
+def test_refusals_take_one_line_and_exit_2(launch, arguments, message):
+    done = launch("benchmark", *arguments)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line
+
+
+def test_training_suite(launch, tmp_path):
+    out = tmp_path / "speed.jsonl"
+    config = ("--config=tests/faults/tiny.py", "--config.optim.accumulate=1")
+    done = launch("benchmark", "--suite=training", *config, "--seconds=0.1", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["parameters"] > 0 and record["batch"] == 16
+    for name in ("forward", "step"):
+        ours = record[name]["ours"]
+        assert ours["low"] <= ours["median"] <= ours["high"]
+        assert ours["examples_per_second"] == pytest.approx(16 / ours["median"])
+    consumed = record["step"]["ours"]["examples_per_second"]
+    made = record["data"]["examples_per_second"]
+    assert record["data_ratio"] == pytest.approx(made / consumed)
+    assert "what the step consumes" in done.stdout
+
+
+def test_dry_run_lists_the_cells(launch):
+    done = launch("benchmark", "--suite=attention", "--dry_run", "--only=^chunked/full/.*/forward")
+    assert done.returncode == 0, done.stderr
+    assert "chunked/full/bfloat16/1x2048x8x8x64/forward" in done.stdout.splitlines()
