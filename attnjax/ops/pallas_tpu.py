@@ -32,6 +32,7 @@ import jax.numpy as jnp
 
 from attnjax.ops import placement
 from attnjax.ops.attention import AttentionOutput, Call
+from attnjax.ops.dropout import dropout_seed
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.pallas_tpu_bwd import backward, key_mass
 from attnjax.ops.pallas_tpu_tile import (
@@ -63,7 +64,7 @@ from attnjax.ops.pallas_tpu_tile import (
     visit,
     wide,
 )
-from attnjax.ops.reference import dropout_seed, masked_scores
+from attnjax.ops.reference import masked_scores
 from attnjax.ops.statistics import TokenMass, name_of
 
 __all__ = ["Tiles", "attend", "interpreted"]

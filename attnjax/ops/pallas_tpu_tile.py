@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnjax.ops.dropout import dropout_factor
 from attnjax.ops.mask import EMPTY, FULL, PARTIAL, Visibility
 from attnjax.ops.normalizer import EMPTY_LSE
-from attnjax.ops.reference import dropout_factor
 from attnjax.typing import Array
 
 NAME = "pallas_tpu"
