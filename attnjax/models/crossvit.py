@@ -273,7 +273,8 @@ class CrossViT(nn.Module):
       resize: how the coarse image is made: "bicubic" or centre "crop".
       dtype: compute dtype; parameters and logits are float32.
       remat: "none", or "blocks" to recompute encoder blocks in the backward pass.
-      attention_implementation: passed to `ops.attention`.
+      attention_implementation: passed to `ops.attention`, except by class-token cross-attention,
+        whose one row of scores per head is always materialised.
     """
 
     num_classes: int = 1000
