@@ -296,7 +296,10 @@ def automatic_order(call: Call) -> tuple[str, ...]:
     """
     b, n, t, s = call.scores_shape
     limit = 2**21 if jax.default_backend() == "cpu" else 2**26
-    is_dense = b * n * t * s <= limit or n * t <= call.key.shape[2] * call.key.shape[3]
+    is_few = n * t <= call.key.shape[2] * call.key.shape[3]
+    if jax.default_backend() == "gpu" and not is_few:
+        return ("pallas_gpu", "chunked", "reference")
+    is_dense = b * n * t * s <= limit or is_few
     return ("reference", "chunked") if is_dense else ("chunked", "reference")
 
 
