@@ -297,8 +297,9 @@ def automatic_order(call: Call) -> tuple[str, ...]:
     b, n, t, s = call.scores_shape
     limit = 2**21 if jax.default_backend() == "cpu" else 2**26
     is_few = n * t <= call.key.shape[2] * call.key.shape[3]
-    if jax.default_backend() == "gpu" and not is_few:
-        return ("pallas_gpu", "chunked", "reference")
+    kernels = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(jax.default_backend())
+    if kernels and not is_few:
+        return (kernels, "chunked", "reference")
     is_dense = b * n * t * s <= limit or is_few
     return ("reference", "chunked") if is_dense else ("chunked", "reference")
 

@@ -24,13 +24,15 @@ Products of float32 inputs follow `jax.default_matmul_precision`, as everywhere 
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
 
-from attnjax.ops import placement
 from attnjax.ops.attention import AttentionOutput, Call
 from attnjax.ops.dropout import dropout_seed
 from attnjax.ops.normalizer import EMPTY_LSE
@@ -55,10 +57,13 @@ from attnjax.ops.pallas_tpu_tile import (
     dropout_tile,
     entry,
     find_chip,
+    interpretation,
     interpreted,
     launch,
     make_tables,
     prepare_columns,
+    quotient,
+    run,
     scalars,
     scores_by_query,
     visit,
@@ -66,6 +71,7 @@ from attnjax.ops.pallas_tpu_tile import (
 )
 from attnjax.ops.reference import masked_scores
 from attnjax.ops.statistics import TokenMass, name_of
+from attnjax.typing import Array
 
 __all__ = ["Tiles", "attend", "interpreted"]
 
@@ -93,7 +99,7 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
         raise NotImplementedError(f"{NAME}: {dtype} inputs are not served")
     if b == 0 or t == 0:
         raise NotImplementedError(f"{NAME}: empty inputs are not served")
-    where = placement.find(NAME, b, n, call.key.shape[2])
+    _check_mesh()
     shape = (t, s, call.query.shape[3], call.value.shape[3])
     if tiles is None:
         bias = 0 if call.bias is None else call.bias.dtype.itemsize
@@ -109,26 +115,35 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
         has_largest="max_probability" in call.statistics,
         has_entropy="entropy" in call.statistics,
         has_key_mass="key_mass" in call.statistics,
+        interpret=interpretation(),
     )
-    others = {"bias": call.bias, "tables": make_tables(call.visibility, plan), "extra": {}}
-    extra, tokens = others["extra"], _tokens(call)
+    extra, tokens = {}, _tokens(call)
     if call.dropout_rate:
         extra["seed"] = dropout_seed(call.dropout_key)
-        extra["heads"] = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, n, 1)
+        extra["heads"] = np.arange(b * n, dtype=np.uint32).reshape(b, n, 1)
     if tokens:
         masses = [jnp.broadcast_to(x.indicator, (b, s)).astype(jnp.float32) for x in tokens]
         extra["indicators"] = jnp.stack(masses, axis=1)[:, None]
     if plan.has_key_mass and call.extra_logit is not None:
         extra["extra_logit"] = call.extra_logit
-    arrays = _vary_alike((call.query, call.key, call.value, others))
-    results = ("b", None, "n"), ("b", "n"), ("b", "n"), ("b", "n") if plan.has_key_mass else None
-    out, lse, rows, mass = placement.apply(
-        where, functools.partial(_attend_jit, plan), arrays[:3], arrays[3], results
-    )
+    others = make_tables(call.visibility, plan) | extra
+    arrays = _vary_alike((call.query, call.key, call.value, call.bias, others))
+    out, lse, rows, mass = _attend_jit(plan, *arrays)
     statistics = {}
     if call.statistics:
         statistics = jax.lax.stop_gradient(_finish(call, lse, rows, mass))
     return AttentionOutput(out=out, lse=lse if call.return_lse else None, statistics=statistics)
+
+
+def _check_mesh():
+    """Refuse where the partitioner would meet a kernel, which it cannot divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = {kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1}
+    if len(kinds) > 1 or AxisType.Explicit in kinds:
+        raise NotImplementedError(
+            f"{NAME}: of the axes of {mesh}, all must be automatic or all manual: call this inside "
+            "shard_map over all of them"
+        )
 
 
 def _padded(shape, tiles):
@@ -198,83 +213,64 @@ def _first_token_mass(call, lse):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, query, key, value, others):
-    return _run(plan, query, key, value, others)
+def _attend(plan, query, key, value, bias, others):
+    return _attend_fwd(plan, query, key, value, bias, others)[0]
 
 
-def _run(plan, query, key, value, others):
+def _attend_fwd(plan, query, key, value, bias, others):
     """Return out `[b,t,n,hv]`, lse `[b,n,t]`, other rows `[b,n,r,t]`, and key mass or None."""
-    out, rows = _alone(lambda *x: _forward(plan, *x), query, key, value, others)
-    lse, mass = rows[:, :, 0], None
+    inputs = {"query": query, "key": key, "value": value} | others
+    if bias is not None:
+        inputs["bias"] = bias
+    found = run(forward, plan, inputs)
+    lse, mass = found["rows"][:, :, 0], None
     if plan.has_key_mass:
         total = lse
-        if "extra_logit" in others["extra"]:
-            total = jnp.logaddexp(lse, others["extra"]["extra_logit"].astype(lse.dtype))
-        mass = _alone(lambda *x: key_mass(plan, *x), query, key, value, others, total)
-    return out, lse, rows[:, :, 1:], mass
-
-
-def _attend_fwd(plan, query, key, value, others):
-    results = _run(plan, query, key, value, others)
-    return results, (query, key, value, others, *results[:2])
+        if "extra_logit" in inputs:
+            total = jnp.logaddexp(lse, inputs["extra_logit"].astype(lse.dtype))
+        mass = run(key_mass, plan, inputs | {"lse": total})["key_mass"]
+    return (found["out"], lse, found["rows"][:, :, 1:], mass), (inputs, found["out"], lse)
 
 
 def _attend_bwd(plan, saved, cotangents):
-    query, key, value, others, out, lse = saved
+    inputs, out, lse = saved
     dout, dlse = cotangents[:2]
-    *darrays, dbias = _first_order(plan, query, key, value, others, out, lse, dout, dlse)
-    dothers = jax.tree.map(lambda _: None, others)
-    return *darrays, {**dothers, "bias": dbias}
+    shift = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=jnp.float32) - dlse
+    found = run(backward, plan, inputs | {"lse": lse, "dout": dout, "shift": shift})
+    return found["dquery"], found["dkey"], found["dvalue"], found.get("dbias"), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 _attend_jit = jax.jit(_attend, static_argnums=0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_order(plan, query, key, value, others, out, lse, dout, dlse):
-    """Return the cotangents of query, key, value and bias."""
-    shift = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=jnp.float32) - dlse
-    return _alone(lambda *x: backward(plan, *x), query, key, value, others, lse, dout, shift)
+def forward(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run the forward kernel.
 
+    Args:
+      plan: the plan.
+      inputs: query, key, value and what else there is, by the names of `AXES`.
 
-@_first_order.defjvp
-def _refuse_second_order(plan, primals, tangents):
-    raise NotImplementedError(
-        f"{NAME}: second derivatives are not served; use implementation='chunked' or 'reference'"
-    )
-
-
-def _alone(function, *arrays):
-    """Call a function that contains a kernel; under `vmap`, once per element.
-
-    The batching of kernels whose grid depends on data is not defined.
+    Returns:
+      "out" `[b,t,n,hv]` and "rows" `[b,n,r,t]`: lse, largest weight, entropy, masses of token sets,
+      of these what is wanted.
     """
-    leaves, tree = jax.tree.flatten(arrays)
-    return jax.custom_batching.sequential_vmap(lambda *x: function(*jax.tree.unflatten(tree, x)))(
-        *leaves
-    )
-
-
-def _forward(plan, query, key, value, others):
-    b, _, n, _ = query.shape
-    group = n // key.shape[2]
-    tables, extra = others["tables"], others["extra"]
+    b, _, n, _ = inputs["query"].shape
+    group = n // inputs["key"].shape[2]
     (t, _), (_, hv) = plan.lengths, plan.widths
     rows = plan.tiles.queries
-    operands = attention_operands(plan, query, key, value, others["bias"], tables)
+    operands = attention_operands(plan, inputs)
     tokens = 0
-    if "indicators" in extra:
-        masses = extra["indicators"]
+    if "indicators" in inputs:
+        masses = inputs["indicators"]
         tokens = masses.shape[2]
         after = plan.lengths[1] - masses.shape[3]
         masses = jnp.pad(masses, ((0, 0), (0, 0), (0, 0), (0, after)))
         block = (None, None, tokens, plan.tiles.keys)
         operands["indicators"] = broadcast(masses, block, (0, 0, None, "j"))
-    # Rows: lse, largest weight, entropy, masses of token sets.
     height = 1 + plan.has_largest + plan.has_entropy + tokens
     results = {
-        "out": by_query(jax.ShapeDtypeStruct((b, t, n * hv), query.dtype), plan, hv),
+        "out": by_query(jax.ShapeDtypeStruct((b, t, n * hv), inputs["query"].dtype), plan, hv),
         "rows": by_row(jax.ShapeDtypeStruct((b, n, height, t), jnp.float32), plan),
     }
     column = pltpu.VMEM((rows, LANES), jnp.float32)
@@ -285,13 +281,13 @@ def _forward(plan, query, key, value, others):
         scratch["tokens"] = pltpu.VMEM((tokens, rows, LANES), jnp.float32)
     if columns := column_count(operands):
         scratch["columns"] = pltpu.VMEM((columns, rows, LANES), jnp.int32)
-    scalar = scalars(plan, tables, extra, ("codes", "bits"))
-    codes = tables["codes"].shape
+    scalar = scalars(plan, inputs, ("codes", "bits"))
+    codes = inputs["codes"].shape
 
     def locate(b, n, index, codes_ref, bits_ref, *refs):
         step = Step(entry(codes_ref, codes, b, n, 0, index))
         tile = step.i * plan.counts[1] + step.j
-        return Place(b, n, n // group, step.i, step.j, lambda: refs[0][tile])
+        return Place(b, n, quotient(n, group), step.i, step.j, lambda: refs[0][tile])
 
     def kernel(refs):
         b, head, index = (pl.program_id(axis) for axis in range(3))
@@ -322,7 +318,7 @@ def _forward(plan, query, key, value, others):
         plan,
         kernel,
         name="attention_forward",
-        grid=(b, n, jnp.asarray(tables["count"])),
+        grid=(b, n, jnp.asarray(inputs["count"])),
         parallel=2,
         locate=locate,
         scalar=scalar,
@@ -331,7 +327,10 @@ def _forward(plan, query, key, value, others):
         scratch=scratch,
     )
     out = found["out"].reshape(b, t, n, hv)
-    return out[:, : plan.shape[0], :, : plan.shape[3]], found["rows"][..., : plan.shape[0]]
+    return {
+        "out": out[:, : plan.shape[0], :, : plan.shape[3]],
+        "rows": found["rows"][..., : plan.shape[0]],
+    }
 
 
 def _accumulate(refs, scores, part, factor):

@@ -17,7 +17,6 @@ have a kernel of their own, whose grid takes the axes that are summed last.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -43,6 +42,7 @@ from attnjax.ops.pallas_tpu_tile import (
     entry,
     flat,
     launch,
+    quotient,
     scalars,
     scores_by_key,
     visit,
@@ -51,42 +51,30 @@ from attnjax.ops.pallas_tpu_tile import (
 from attnjax.typing import Array
 
 
-def backward(
-    plan: Plan,
-    query: Array,
-    key: Array,
-    value: Array,
-    others: Mapping[str, Any],
-    lse: Array,
-    dout: Array,
-    shift: Array,
-) -> tuple[Array, Array, Array, Array | None]:
-    """Return the gradients of query, key, value and bias.
+def backward(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the gradients "dquery", "dkey", "dvalue", and "dbias" if there is a bias.
 
     Args:
       plan: the plan.
-      query, key, value: `[b,t,n,h]`, `[b,s,k,h]` and `[b,s,k,hv]`.
-      others: "bias" or None, "tables" from `make_tables`, "extra" inputs.
-      lse: `[b,n,t]` float32.
-      dout: `[b,t,n,hv]`, gradient of the output.
-      shift: `[b,n,t]` float32, as in the module's equation.
+      inputs: those of the forward kernel, and, in the names of the module's equations, "lse"
+        `[b,n,t]` float32, "dout" `[b,t,n,hv]` and "shift" `[b,n,t]` float32.
     """
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
     b, _, n, _ = query.shape
     k = key.shape[2]
     group = n // k
-    tables, extra = others["tables"], others["extra"]
     (t, s), (h, hv) = plan.lengths, plan.widths
     rows, columns, resident = plan.tiles.queries, plan.tiles.keys, plan.tiles.resident
-    prefix = "stretch_" if "stretch_codes" in tables else ""
-    codes = tables[prefix + "codes"].shape
+    prefix = "stretch_" if "stretch_codes" in inputs else ""
+    codes = inputs[prefix + "codes"].shape
     stretches = codes[2]
     held = min(resident, s)
-    operands = _operands(plan, query, key, value, others, lse, dout, shift)
+    operands = _operands(plan, inputs)
     dquery_dtype = query.dtype if stretches == 1 else jnp.float32
     dquery = jax.ShapeDtypeStruct((stretches, b, t, n * h), dquery_dtype)
     # Where a stretch starts is known to `at` by the tile of keys it is at.
     tiles_held = held // columns
-    at_stretch = lambda at: at.j // tiles_held
+    at_stretch = lambda at: quotient(at.j, tiles_held)
     results = {
         "dquery": Operand(
             dquery, (None, None, rows, h), lambda at: (at_stretch(at), at.b, at.i, at.n)
@@ -108,7 +96,7 @@ def backward(
         "key_sum": pltpu.VMEM((held, h), jnp.float32),
         "value_sum": pltpu.VMEM((held, hv), jnp.float32),
     }
-    scalar = scalars(plan, tables, extra, (prefix + "codes", prefix + "bits"))
+    scalar = scalars(plan, inputs, (prefix + "codes", prefix + "bits"))
 
     def locate(b, k, stretch, member, index, codes_ref, bits_ref, *refs):
         head = k * group + member
@@ -167,7 +155,7 @@ def backward(
         plan,
         kernel,
         name="attention_backward",
-        grid=(b, k, stretches, group, jnp.asarray(tables[prefix + "count"])),
+        grid=(b, k, stretches, group, jnp.asarray(inputs[prefix + "count"])),
         parallel=3,
         locate=locate,
         scalar=scalar,
@@ -179,44 +167,45 @@ def backward(
     cut = lambda array, like: array.reshape(b, array.shape[1], like.shape[2], -1)[
         :, : like.shape[1], :, : like.shape[3]
     ].astype(like.dtype)
-    dbias = None
-    if others["bias"] is not None:
-        dbias = _sum_tiles(plan, others["bias"].shape, operands, tables, extra, (b, n, group))
-        dbias = dbias.astype(others["bias"].dtype)
-    return cut(dquery, query), cut(found["dkey"], key), cut(found["dvalue"], value), dbias
+    gradients = {
+        "dquery": cut(dquery, query),
+        "dkey": cut(found["dkey"], key),
+        "dvalue": cut(found["dvalue"], value),
+    }
+    if "bias" in inputs:
+        bias = inputs["bias"]
+        dbias = _sum_tiles(plan, bias.shape, operands, inputs)
+        gradients["dbias"] = dbias.astype(bias.dtype)
+    return gradients
 
 
-def key_mass(
-    plan: Plan, query: Array, key: Array, value: Array, others: Mapping[str, Any], lse: Array
-) -> Array:
-    """Return the mass that every key receives, `[b,n,s]` float32.
+def key_mass(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return "key_mass" `[b,n,s]` float32, the mass that every key receives.
 
     Args:
       plan: the plan.
-      query, key, value: `[b,t,n,h]`, `[b,s,k,h]` and `[b,s,k,hv]`.
-      others: as for `backward`.
-      lse: `[b,n,t]` float32, of the weights that are summed.
+      inputs: those of the forward kernel, and "lse" `[b,n,t]` float32 of the weights that are
+        summed.
     """
-    b, _, n, _ = query.shape
-    operands = _operands(plan, query, key, value, others, lse, None, None)
+    b, _, n, _ = inputs["query"].shape
     shape = (b, n, 1, plan.shape[1])
-    sums = (b, n, n // key.shape[2])
-    return _sum_tiles(plan, shape, operands, others["tables"], others["extra"], sums)[:, :, 0]
+    return {"key_mass": _sum_tiles(plan, shape, _operands(plan, inputs), inputs)[:, :, 0]}
 
 
-def _operands(plan, query, key, value, others, lse, dout, shift):
+def _operands(plan, inputs):
     """Return the operands of tiles `[keys, queries]`; without dout, of their weights only."""
-    tables = dict(others["tables"])
-    if "rest" in tables:
-        tables["rest"] = tables["rest"].swapaxes(3, 4)
-    operands = attention_operands(plan, query, key, value, others["bias"], tables)
-    if dout is None:
-        del operands["value"]
-    rows = [lse * LOG2E]
-    if dout is not None:
+    inputs = dict(inputs)
+    if "rest" in inputs:
+        inputs["rest"] = inputs["rest"].swapaxes(3, 4)
+    operands = attention_operands(plan, inputs)
+    rows = [inputs["lse"] * LOG2E]
+    if "dout" in inputs:
         hv = plan.widths[1]
-        operands["dout"] = by_query(flat(dout.astype(query.dtype), plan.lengths[0], hv), plan, hv)
-        rows.append(shift)
+        dout = inputs["dout"].astype(inputs["query"].dtype)
+        operands["dout"] = by_query(flat(dout, plan.lengths[0], hv), plan, hv)
+        rows.append(inputs["shift"])
+    else:
+        del operands["value"]
     table = jnp.stack(rows, axis=2)
     after = plan.lengths[0] - table.shape[3]
     operands["rows"] = by_row(jnp.pad(table, ((0, 0), (0, 0), (0, 0), (0, after))), plan)
@@ -235,20 +224,20 @@ def _gradients(refs, plan, part, at, head, is_masked):
     return weights, weights * (dweights - refs["rows"][1:2, part.row_slice]), kept, slope
 
 
-def _sum_tiles(plan, shape, operands, tables, extra, sizes):
+def _sum_tiles(plan, shape, operands, inputs):
     """Sum gradients of scores, or weights if there is no gradient, over axes of `[b,n,t,s]`.
 
     Args:
       plan: the plan.
       shape: that of the result; where it has 1, the axis is summed.
       operands: from `_operands`.
-      tables, extra: as for `backward`.
-      sizes: numbers of examples, query heads, and query heads per key/value head.
+      inputs: as for `backward`.
 
     Returns:
       float32 of this shape.
     """
-    b, n, group = sizes
+    b, _, n, _ = inputs["query"].shape
+    group = n // inputs["key"].shape[2]
     (t, s), (rows, columns) = plan.lengths, (plan.tiles.queries, plan.tiles.keys)
     sums_queries = shape[2] == 1
     sums_keys = shape[3] == 1 and not sums_queries
@@ -272,13 +261,14 @@ def _sum_tiles(plan, shape, operands, tables, extra, sizes):
         (None, None, *block),
         lambda at: (kept("b", at.b), kept("n", at.n), *along(at)),
     )
-    kinds = tables["kinds"].shape
-    scalar = scalars(plan, tables, extra, ("kinds",))
+    kinds = inputs["kinds"].shape
+    scalar = scalars(plan, inputs, ("kinds",))
 
     def locate(*ids):
         at = dict(zip(order, ids[:4], strict=True))
         tile = at["i"] * plan.counts[1] + at["j"]
-        return Place(at["b"], at["n"], at["n"] // group, at["i"], at["j"], lambda: ids[5][tile])
+        head = quotient(at["n"], group)
+        return Place(at["b"], at["n"], head, at["i"], at["j"], lambda: ids[5][tile])
 
     def kernel(refs):
         at = {axis: pl.program_id(place) for place, axis in enumerate(order)}

@@ -18,6 +18,7 @@ nothing. The tiles of one entry are
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from jax import lax
 from attnjax.ops.dropout import dropout_factor
 from attnjax.ops.mask import EMPTY, FULL, PARTIAL, Visibility
 from attnjax.ops.normalizer import EMPTY_LSE
+from attnjax.ops.partition import over_batch_and_heads
 from attnjax.typing import Array
 
 NAME = "pallas_tpu"
@@ -53,7 +55,7 @@ _KEY_TILE, _QUERY_TILE = 6, 18
 _MOST_KEY_TILES, _MOST_QUERY_TILES = 2**12, 2**13
 """Bits of an entry of a schedule."""
 
-_is_interpreted = contextvars.ContextVar("is_interpreted", default=False)
+_interpret = contextvars.ContextVar("interpret", default=None)
 
 
 @contextlib.contextmanager
@@ -64,13 +66,16 @@ def interpreted(how: Any = True) -> Iterator[None]:
       how: what `pallas_call(interpret=...)` takes: True emulates with plain XLA, and a
         `pltpu.InterpretParams` imitates a TPU's memories, uninitialised ones included.
     """
-    token = _is_interpreted.set(True)
+    token = _interpret.set(how)
     try:
-        # Part of the key of jit's cache: what was compiled for a chip is not reused here.
-        with pltpu.force_tpu_interpret_mode(how):
-            yield
+        yield
     finally:
-        _is_interpreted.reset(token)
+        _interpret.reset(token)
+
+
+def interpretation() -> Any:
+    """Return what `interpreted` was told, or None outside of it."""
+    return _interpret.get()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,7 @@ def find_chip() -> Chip:
     Raises:
       NotImplementedError: that is no TPU.
     """
-    if _is_interpreted.get():
+    if interpretation():
         return Chip(5, 128 * 2**20, 2**20)
     if not pltpu.is_tpu_device():
         raise NotImplementedError(
@@ -192,6 +197,7 @@ class Plan:
       chip: the chip.
       is_masked: whether any tile may be PARTIAL.
       has_largest, has_entropy, has_key_mass: statistics that are wanted.
+      interpret: how to emulate the kernels, or None to compile them.
     """
 
     tiles: Tiles
@@ -204,6 +210,7 @@ class Plan:
     has_largest: bool
     has_entropy: bool
     has_key_mass: bool
+    interpret: Any = None
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -220,6 +227,74 @@ class Plan:
     def widths(self) -> tuple[int, int]:
         """Padded widths of keys and values."""
         return padded(self.shape[2]), padded(self.shape[3])
+
+
+AXES = {
+    "query": "btnh",
+    "key": "bskh",
+    "value": "bskv",
+    "bias": "bnts",
+    "codes": "bncx",
+    "bits": "bncx",
+    "count": "",
+    "stretch_codes": "bncx",
+    "stretch_bits": "bncx",
+    "stretch_count": "",
+    "kinds": "bnij",
+    "bounds": "bnrt",
+    "query_ids": "bnrt",
+    "key_ids": "bnrs",
+    "rest": "bnxts",
+    "rest_at": "x",
+    "seed": "x",
+    "heads": "bnx",
+    "indicators": "bnrs",
+    "extra_logit": "bnt",
+    "lse": "bnt",
+    "shift": "bnt",
+    "rows": "bnrt",
+    "key_mass": "bns",
+    "out": "btnv",
+    "dout": "btnv",
+    "dquery": "btnh",
+    "dkey": "bskh",
+    "dvalue": "bskv",
+    "dbias": "bnts",
+}
+"""Inputs and results of the kernels, as `over_batch_and_heads` wants it; see `make_tables`."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run(
+    launcher: Callable[[Plan, Mapping[str, Array]], dict[str, Array]],
+    plan: Plan,
+    inputs: dict[str, Array],
+) -> dict[str, Array]:
+    """Run a kernel on what each device holds; under `vmap`, once per element.
+
+    Args:
+      launcher: `launcher(plan, inputs)` launches it.
+      plan: the plan.
+      inputs: arrays by their names in `AXES`.
+
+    Returns:
+      The results by name.
+
+    Raises:
+      NotImplementedError: it is differentiated.
+    """
+    # The batching of kernels whose grid depends on data is not defined.
+    once = jax.custom_batching.sequential_vmap(functools.partial(launcher, plan))
+    return over_batch_and_heads(once, inputs, AXES)
+
+
+def _refuse(*_):
+    raise NotImplementedError(
+        f"{NAME}: second derivatives are not served; use implementation='chunked' or 'reference'"
+    )
+
+
+run.defvjp(_refuse, _refuse)
 
 
 # ---- Schedules ----------------------------------------------------------------------------------
@@ -429,16 +504,12 @@ def broadcast(array: Any, block: tuple, axes: tuple) -> Operand:
     return Operand(array, block, at)
 
 
-def attention_operands(
-    plan: Plan, query: Array, key: Array, value: Array, bias: Array | None, tables: Mapping
-) -> dict[str, Operand]:
+def attention_operands(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Operand]:
     """Return what every kernel reads, by name: query, key, value, mask and bias.
 
     Args:
       plan: the plan.
-      query, key, value: `[b,t,n,h]`, `[b,s,k,h]` and `[b,s,k,hv]`.
-      bias: `[b|1, n|1, t|1, s|1]` or None.
-      tables: from `make_tables`.
+      inputs: arrays by the names of `AXES`.
     """
     (t, s), (h, hv) = plan.lengths, plan.widths
     rows, columns = plan.tiles.queries, plan.tiles.keys
@@ -446,26 +517,27 @@ def attention_operands(
         array, (None, columns, width), lambda at: (at.b, at.j, at.k)
     )
     operands = {
-        "query": by_query(flat(query, t, h), plan, h),
-        "key": by_key(flat(key, s, h), h),
-        "value": by_key(flat(value, s, hv), hv),
+        "query": by_query(flat(inputs["query"], t, h), plan, h),
+        "key": by_key(flat(inputs["key"], s, h), h),
+        "value": by_key(flat(inputs["value"], s, hv), hv),
     }
-    if plan.is_masked and "bounds" in tables:
-        operands["bounds"] = by_row(tables["bounds"], plan)
-    if plan.is_masked and "query_ids" in tables:
-        operands["query_ids"] = by_row(tables["query_ids"], plan)
+    if plan.is_masked and "bounds" in inputs:
+        operands["bounds"] = by_row(inputs["bounds"], plan)
+    if plan.is_masked and "query_ids" in inputs:
+        operands["query_ids"] = by_row(inputs["query_ids"], plan)
         operands["key_ids"] = broadcast(
-            tables["key_ids"], (None, None, 1, columns), (0, 0, None, "j")
+            inputs["key_ids"], (None, None, 1, columns), (0, 0, None, "j")
         )
-    if plan.is_masked and "rest" in tables:
-        rest = tables["rest"]
+    if plan.is_masked and "rest" in inputs:
+        rest = inputs["rest"]
         has_b, has_n = rest.shape[0] > 1, rest.shape[1] > 1
         operands["rest"] = Operand(
             rest,
             (None, None, None, *rest.shape[3:]),
             lambda at: (at.b if has_b else 0, at.n if has_n else 0, at.rest(), 0, 0),
         )
-    if bias is not None:
+    if "bias" in inputs:
+        bias = inputs["bias"]
         sizes = [
             length if size > 1 else 1 for size, length in zip(bias.shape[2:], (t, s), strict=True)
         ]
@@ -478,15 +550,20 @@ def attention_operands(
     return operands
 
 
-def scalars(plan: Plan, tables: Mapping, extra: Mapping, names: Sequence[str]) -> dict[str, Array]:
+def scalars(plan: Plan, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
     """Return what goes to scalar memory, flattened: the named tables and what is always read."""
-    found = {name: jnp.asarray(tables[name]).ravel() for name in names}
-    if plan.is_masked and "rest" in tables:
-        found["rest_at"] = jnp.asarray(tables["rest_at"])
+    found = {name: jnp.asarray(inputs[name]).ravel() for name in names}
+    if plan.is_masked and "rest" in inputs:
+        found["rest_at"] = jnp.asarray(inputs["rest_at"])
     if plan.dropout_rate:
-        found["seed"] = lax.bitcast_convert_type(extra["seed"], jnp.int32)
-        found["heads"] = lax.bitcast_convert_type(extra["heads"], jnp.int32).ravel()
+        found["seed"] = lax.bitcast_convert_type(inputs["seed"], jnp.int32)
+        found["heads"] = lax.bitcast_convert_type(inputs["heads"], jnp.int32).ravel()
     return found
+
+
+def quotient(index: Any, count: int) -> Any:
+    """Divide a traced index; unlike `//`, it is lowered without looking for a chip."""
+    return index if count == 1 else lax.div(index, np.int32(count))
 
 
 def entry(ref: Any, shape: tuple[int, ...], b: Any, n: Any, *index: Any) -> Any:
@@ -578,6 +655,7 @@ def launch(
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=shapes,
+        interpret=plan.interpret or False,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
             vmem_limit_bytes=plan.chip.vmem * 15 // 16,

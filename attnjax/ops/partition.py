@@ -6,10 +6,12 @@ that examples and heads are independent of one another: under an ambient mesh ev
 kernel on the examples and heads that it holds already, and nothing is moved.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
@@ -23,8 +25,8 @@ def over_batch_and_heads(
 ) -> dict[str, Array]:
     """Apply a function of dicts of arrays to the part of them that each device holds.
 
-    Without a mesh, inside `shard_map` over all of it, and under `vmap`, the function is applied
-    as it is.
+    Without a mesh and inside `shard_map` over all of it, the function is applied as it is; under
+    `vmap`, once per element.
 
     Args:
       function: maps a dict of arrays to a dict of arrays, for any number of examples and heads; it
@@ -58,10 +60,13 @@ def over_batch_and_heads(
             return NamedSharding(mesh, _spec(axes[name], shape, divided, sizes))
 
         def local(*arrays):
-            found = function(dict(zip(names, arrays, strict=True)))
+            held = {
+                name: _pick(array, axes[name], mesh, divided, sizes)
+                for name, array in zip(names, arrays, strict=True)
+            }
             return {
-                name: _add(array, axes[name], wanted[name].shape, divided, sizes)
-                for name, array in found.items()
+                name: _add(array, axes[name], wanted[name].shape, mesh, divided, sizes)
+                for name, array in function(held).items()
             }
 
         return (
@@ -71,29 +76,20 @@ def over_batch_and_heads(
             tuple(sharding(name, given[name].shape) for name in names),
         )
 
-    rule, factors = _rule(
+    rule, whole_axes = _rule(
         [(axes[name], shapes[name]) for name in names],
         [(axes[name], results[name].shape) for name in sorted(results)],
         sizes,
     )
     whole.def_partition(
         partition=partition,
+        # Propagation may divide by a part of a mesh axis, which JAX cannot decode.
+        decode_shardings=False,
         sharding_rule=rule,
-        **factors,
+        need_replication_factors=whole_axes,
     )
-
-    # Its batching is not defined: under vmap the function is left to the partitioner.
-    batched = jax.custom_batching.custom_vmap(lambda *arrays: whole(*arrays))
-
-    @batched.def_vmap
-    def _(size, is_batched, *arrays):
-        del size
-        in_axes = [0 if is_one else None for is_one in is_batched]
-        apply = lambda *arrays: function(dict(zip(names, arrays, strict=True)))
-        found = jax.vmap(apply, in_axes)(*arrays)
-        return found, jax.tree.map(lambda _: True, found)
-
-    return batched(*arrays)
+    # Its batching is not defined.
+    return jax.custom_batching.sequential_vmap(lambda *arrays: whole(*arrays))(*arrays)
 
 
 def _is_divided(mesh) -> bool:
@@ -117,22 +113,54 @@ def _sizes(shapes, axes):
 
 
 def _divided(given, axes, mesh, sizes):
-    """Return the mesh axes over which examples and heads are divided already."""
+    """Return the mesh axes over which b, n and k are divided already, as far as that can stay.
+
+    Where query heads are divided further than there are key/value heads, n has axes and k none.
+    """
     found = {"b": (), "h": ()}
     order = sorted(given, key=lambda name: -math.prod(given[name].shape))
     for name in order:
-        spec = tuple(given[name].sharding.spec)
-        for axis, entry, size in zip(axes[name], spec, given[name].shape, strict=False):
+        for at, (axis, size) in enumerate(zip(axes[name], given[name].shape, strict=True)):
             group = {"b": "b", "n": "h", "k": "h"}.get(axis)
-            if group is None or not entry or found[group] or size == 1:
+            if group is None or found[group] or size < sizes[axis]:
                 continue
-            entry = entry if isinstance(entry, tuple) else (entry,)
-            ways = math.prod(mesh.shape[name] for name in entry)
-            least = sizes["b"] if group == "b" else sizes["k"]
+            over = _mesh_axes(given[name].sharding, given[name].shape, at, mesh)
+            ways = math.prod(mesh.shape[name] for name in over)
+            can_stay = size % ways == 0
+            if axis == "n" and can_stay:
+                can_stay = sizes["k"] % ways == 0 or _do_share(ways, sizes)
             others = found["h" if group == "b" else "b"]
-            if least % ways == 0 and not set(entry) & set(others):
-                found[group] = entry
-    return {"b": found["b"], "n": found["h"], "k": found["h"]}
+            if can_stay and not set(over) & set(others):
+                found[group] = over
+    ways = math.prod(mesh.shape[name] for name in found["h"])
+    are_keys_whole = sizes["k"] % ways > 0
+    return {"b": found["b"], "n": found["h"], "k": () if are_keys_whole else found["h"]}
+
+
+def _do_share(ways, sizes):
+    """Whether all query heads of a device use the same key/value head."""
+    return (sizes["n"] // sizes["k"]) % (sizes["n"] // ways) == 0
+
+
+def _mesh_axes(sharding, shape, at, mesh):
+    """Return the mesh axes over which an axis of an array is divided, () if that has no name."""
+    if sharding is None or sharding.is_fully_replicated:
+        return ()
+    starts = lambda indices, at: {
+        device: index[at].indices(shape_at)[0] for device, index in indices.items()
+    }
+    shape_at = shape[at]
+    wanted = starts(sharding.devices_indices_map(tuple(shape)), at)
+    ways = len(set(wanted.values()))
+    large = [name for name, size in mesh.shape.items() if size > 1]
+    for count in range(1, len(large) + 1):
+        for names in itertools.permutations(large, count):
+            if math.prod(mesh.shape[name] for name in names) != ways or shape_at % ways:
+                continue
+            named = NamedSharding(mesh, P(names)).devices_indices_map((shape_at,))
+            if starts(named, 0) == wanted:
+                return names
+    return ()
 
 
 def _spec(letters, shape, divided, sizes):
@@ -143,34 +171,52 @@ def _spec(letters, shape, divided, sizes):
     return P(*entries)
 
 
-def _add(array, letters, shape, divided, sizes):
+def _head(mesh, divided, sizes):
+    """Return the key/value head that all query heads of this device use."""
+    ways = math.prod(mesh.shape[name] for name in divided["n"])
+    first = jax.lax.axis_index(divided["n"]) * (sizes["n"] // ways)
+    return first // (sizes["n"] // sizes["k"])
+
+
+def _pick(array, letters, mesh, divided, sizes):
+    """Leave of undivided key/value heads the one that is used here."""
+    if "k" not in letters or divided["k"] == divided["n"]:
+        return array
+    head = _head(mesh, divided, sizes)
+    return jax.lax.dynamic_slice_in_dim(array, head, 1, letters.index("k"))
+
+
+def _add(array, letters, shape, mesh, divided, sizes):
     """Add what the devices have of a sum over examples or heads."""
-    over = [
-        divided[axis]
-        for axis, size in zip(letters, shape, strict=True)
-        if axis in divided and size == 1 < sizes[axis]
-    ]
-    over = tuple(name for names in over for name in names)
-    return jax.lax.psum(array, over) if over else array
+    over = []
+    if "k" in letters and divided["k"] != divided["n"]:
+        # Devices that share a key/value head each have a part of its gradient.
+        at = letters.index("k")
+        whole = jnp.zeros((*array.shape[:at], sizes["k"], *array.shape[at + 1 :]), array.dtype)
+        head = _head(mesh, divided, sizes)
+        array = jax.lax.dynamic_update_slice_in_dim(whole, array, head, at)
+        over += divided["n"]
+    for axis, size in zip(letters, shape, strict=True):
+        if axis in divided and size == 1 < sizes[axis]:
+            over += divided[axis]
+    return jax.lax.psum(array, tuple(over)) if over else array
 
 
 def _rule(operands, results, sizes):
     """Say in the partitioner's notation which axes belong together."""
     counter = iter(range(1_000_000))
     whole = []
-    group = sizes["n"] // sizes["k"]
+    is_grouped = sizes["n"] > sizes["k"]
 
     def term(letters, shape):
         words = []
         for axis, size in zip(letters, shape, strict=True):
             if axis in sizes and size == sizes[axis] > 1:
-                words.append("(k g)" if axis == "n" and group > 1 else {"n": "k"}.get(axis, axis))
+                words.append("k" if axis == "n" and not is_grouped else axis)
             else:
                 whole.append(f"w{next(counter)}")
                 words.append(whole[-1])
         return " ".join(words)
 
     terms = [", ".join(term(*item) for item in items) for items in (operands, results)]
-    rule = " -> ".join(terms)
-    factors = {"g": group} if "(k g)" in rule else {}
-    return rule, factors | {"need_replication_factors": tuple(whole)}
+    return " -> ".join(terms), tuple(whole)

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnjax.errors import RecipeError
-from attnjax.ops import placement
 from attnjax.typing import Params
 
 LOGICAL_AXES = {
@@ -27,9 +26,6 @@ LOGICAL_AXES = {
     "vocab": ("model",),
 }
 """Logical axis -> mesh axes; a name that is not listed stays whole on every device."""
-
-# Kernels have to be told; what is below this package cannot know the names of axes.
-placement.MESH_AXES.update(batch=LOGICAL_AXES["batch"], heads=LOGICAL_AXES["heads"])
 
 DEFAULT_AXES = (
     (r"\b(query|key|value)/kernel$", ("embed", "heads", "head_dim")),

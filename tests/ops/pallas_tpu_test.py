@@ -26,6 +26,11 @@ BY_NAME = {case.name: case for case in CASES}
 T = 200
 
 
+def quick(names, few):
+    """Parameters of which all but a few are for slow runs."""
+    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles, and several stretches of keys, at lengths that can be emulated."""
@@ -123,7 +128,7 @@ RUNTIME = {
 }
 
 
-@pytest.mark.parametrize("name", RUNTIME)
+@pytest.mark.parametrize("name", quick(RUNTIME, ("sorted_segments", "either")))
 def test_other_masks(name, small_tiles):
     chosen = RUNTIME[name](np.random.default_rng(0))
     compare(*both(qkv(b=2), mask=chosen), TOLERANCE["float32"])
@@ -139,7 +144,10 @@ def test_memory_as_on_a_chip(monkeypatch):
     compare(*both(arrays, how=how, mask=chosen), TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("shape", [(2, 2, T, T), (1, 2, T, T), (2, 1, 1, T), (1, 2, T, 1)])
+BIASES = [(2, 2, T, T), (1, 2, T, T), (2, 1, 1, T), (1, 2, T, 1)]
+
+
+@pytest.mark.parametrize("shape", quick(BIASES, BIASES[1::2]))
 def test_bias_and_its_gradient(shape, small_tiles):
     (bias,) = draw(shape, seed=2)
     compare(*both(qkv(b=2), bias, mask=mask.causal(), softcap=2.0), TOLERANCE["float32"])
@@ -174,7 +182,7 @@ STATISTIC_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", STATISTIC_OPTIONS)
+@pytest.mark.parametrize("name", quick(STATISTIC_OPTIONS, ("softmax_one",)))
 def test_statistics(name, small_tiles):
     options = {"mask": mask.causal(), **STATISTIC_OPTIONS[name]}
     statistics = (
@@ -294,6 +302,21 @@ def test_chosen_tiles_waste_little(lengths, dtype, chip):
     assert held <= chip.vmem
 
 
+def test_automatic_choice(monkeypatch):
+    """On a TPU the kernels come first, except for a few queries and for what they refuse."""
+    served = []
+    attend = pallas_tpu.attend
+    record = lambda call: served.append(call.query.shape[1]) or attend(call)
+    monkeypatch.setattr(pallas_tpu, "attend", record)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pallas_tpu.interpreted():
+        for t in (1, 24):
+            attention(*qkv(t=t, s=24))
+        assert served == [24]
+        attention(*qkv(t=24, s=24, dtype=jnp.float16))
+    assert served == [24, 24]
+
+
 def test_no_tpu_is_a_refusal():
     with pytest.raises(NotImplementedError, match="pallas_tpu: the backend is 'cpu'"):
         attention(*qkv(), implementation="pallas_tpu")
@@ -352,7 +375,7 @@ def sharded(arrays, mesh, specs):
     ]
 
 
-@pytest.mark.parametrize("k", [4, 2, 1])
+@pytest.mark.parametrize("k", quick([4, 2, 1], [2]))
 def test_stays_sharded_over_examples_and_heads(k, small_tiles):
     mesh = make_mesh({"data": 2, "model": 4})
     query, heads = P("data", None, "model"), P("data", None, "model" if k == 4 else None)
@@ -377,39 +400,48 @@ def test_stays_sharded_over_examples_and_heads(k, small_tiles):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
-def test_mesh_axis_without_a_role_is_refused():
-    mesh = make_mesh({"context": 8})
+def test_axes_that_are_partly_manual_are_refused():
+    mesh = make_mesh({"context": 4, "data": 2})
+    run = lambda *arrays: attention(*arrays, implementation="pallas_tpu")
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=P(None, "context"), out_specs=P(None, "context"),
+        axis_names={"context"},
+    )  # fmt: skip
     with (
         jax.set_mesh(mesh),
         pallas_tpu.interpreted(),
-        pytest.raises(NotImplementedError, match="mesh axis 'context'"),
+        pytest.raises(NotImplementedError, match="must be automatic or all manual"),
     ):
-        attention(*qkv(), implementation="pallas_tpu")
+        jax.eval_shape(mapped, *qkv())
 
 
-def test_inside_shard_map(small_tiles):
-    """All mesh axes are manual, and what varies over them is checked."""
+def test_inside_shard_map(small_tiles, monkeypatch):
+    """Emulation fails JAX's check of varying axes; kernels for a chip must pass it."""
     mesh = make_mesh({"context": 8})
-    query, key, value = qkv(t=256, s=128)
+    arrays = qkv(t=256, s=128)
     chosen = mask.sliding_window(100, 0)
 
     def loss(query, key, value, implementation):
         out = attention(query, key, value, mask=chosen, implementation=implementation)
         return jax.lax.psum((out**2).sum(), "context")
 
-    def run(implementation):
+    def mapped(implementation, check):
         of = functools.partial(loss, implementation=implementation)
         specs = (P(None, "context"), P(), P())
-        return jax.shard_map(
-            jax.value_and_grad(of, (0, 1)), mesh=mesh, in_specs=specs,
-            out_specs=(P(), (P(None, "context"), P())),
-        )(query, key, value)  # fmt: skip
+        return jax.jit(jax.shard_map(
+            jax.value_and_grad(of, (0,)), mesh=mesh, in_specs=specs,
+            out_specs=(P(), (P(None, "context"),)), check_vma=check,
+        ))  # fmt: skip
 
-    wanted = run("reference")
-    with pallas_tpu.interpreted(pltpu.InterpretParams()):
-        found = run("pallas_tpu")
+    with pallas_tpu.interpreted():
+        found = mapped("pallas_tpu", False)(*arrays)
+    wanted = mapped("reference", False)(*arrays)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    monkeypatch.setattr(pallas_tpu, "find_chip", lambda: Chip(5, 2**27, 2**20))
+    traced = mapped("pallas_tpu", True).trace(*arrays)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2
 
 
 @pytest.mark.slow
