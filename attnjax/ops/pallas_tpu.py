@@ -31,7 +31,6 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 from attnjax.ops.attention import AttentionOutput, Call
 from attnjax.ops.dropout import dropout_seed
@@ -69,6 +68,7 @@ from attnjax.ops.pallas_tpu_tile import (
     visit,
     wide,
 )
+from attnjax.ops.partition import MESH_AXES, large_axes
 from attnjax.ops.reference import masked_scores
 from attnjax.ops.statistics import TokenMass, name_of
 from attnjax.typing import Array
@@ -87,9 +87,9 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
       An `AttentionOutput` without probabilities and scores.
 
     Raises:
-      NotImplementedError: there is no TPU; the inputs are neither float32 nor bfloat16; the mask
-        needs too long a schedule; or the call asks for elementwise normalizers, bias objects,
-        probabilities, scores or edits.
+      NotImplementedError: there is no TPU; the ambient mesh has an axis of unknown use; the inputs
+        are neither float32 nor bfloat16; the mask needs too long a schedule; or the call asks for
+        elementwise normalizers, bias objects, probabilities, scores or edits.
     """
     chip = find_chip()
     call.refuse(NAME, "normalizer", "bias objects", "return_probabilities", "return_scores", "edit")
@@ -136,13 +136,12 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
 
 
 def _check_mesh():
-    """Refuse where the partitioner would meet a kernel, which it cannot divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = {kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1}
-    if len(kinds) > 1 or AxisType.Explicit in kinds:
+    """Refuse a mesh over which inputs may be divided in a way that kernels cannot keep."""
+    known = {name for names in MESH_AXES.values() for name in names}
+    if unknown := sorted(set(large_axes(jax.sharding.get_abstract_mesh())) - known):
         raise NotImplementedError(
-            f"{NAME}: of the axes of {mesh}, all must be automatic or all manual: call this inside "
-            "shard_map over all of them"
+            f"{NAME}: mesh axis {unknown[0]!r} is none for examples {MESH_AXES['batch']} or heads "
+            f"{MESH_AXES['heads']}: use parallel attention, or call this inside shard_map over it"
         )
 
 

@@ -33,7 +33,7 @@ from jax import lax
 from attnjax.ops.dropout import dropout_factor
 from attnjax.ops.mask import EMPTY, FULL, PARTIAL, Visibility
 from attnjax.ops.normalizer import EMPTY_LSE
-from attnjax.ops.partition import over_batch_and_heads
+from attnjax.ops.partition import MESH_AXES, over_batch_and_heads
 from attnjax.typing import Array
 
 NAME = "pallas_tpu"
@@ -285,7 +285,7 @@ def run(
     """
     # The batching of kernels whose grid depends on data is not defined.
     once = jax.custom_batching.sequential_vmap(functools.partial(launcher, plan))
-    return over_batch_and_heads(once, inputs, AXES)
+    return over_batch_and_heads(once, inputs, AXES, mesh_axes=MESH_AXES)
 
 
 def _refuse(*_):

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep kernels sharded over examples and heads.
 
-The partitioner cannot look into a kernel and would gather everything that goes in. Here it is told
-that examples and heads are independent of one another: under an ambient mesh every device runs the
-kernel on the examples and heads that it holds already, and nothing is moved.
+The partitioner cannot look into a kernel and would gather everything that goes in. But examples and
+heads are independent of one another: under an ambient mesh every device runs the kernel on the
+examples and heads that it holds already, and nothing is moved.
+
+There are two ways to tell the partitioner. It can ask back for every kernel, and is given what the
+arrays' own shardings suggest, whatever the mesh axes are called. The compiler for TPUs never asks
+back (github.com/jax-ml/jax/issues/38196); there it must be known before, from the names of axes.
 """
 
 import itertools
 import math
+import types
 from collections.abc import Callable, Mapping
 
 import jax
@@ -19,14 +24,20 @@ from jax.sharding import PartitionSpec as P
 
 from attnjax.typing import Array
 
+MESH_AXES = types.MappingProxyType({"batch": ("data", "fsdp"), "heads": ("model",)})
+"""Names of the mesh axes over which examples and heads are divided."""
+
 
 def over_batch_and_heads(
-    function: Callable, inputs: Mapping[str, Array], axes: Mapping[str, str]
+    function: Callable,
+    inputs: Mapping[str, Array],
+    axes: Mapping[str, str],
+    *,
+    mesh_axes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, Array]:
     """Apply a function of dicts of arrays to the part of them that each device holds.
 
-    Without a mesh and inside `shard_map` over all of it, the function is applied as it is; under
-    `vmap`, once per element.
+    Without a mesh and inside `shard_map` over all of it, the function is applied as it is.
 
     Args:
       function: maps a dict of arrays to a dict of arrays, for any number of examples and heads; it
@@ -36,11 +47,64 @@ def over_batch_and_heads(
       axes: one letter per axis of every input and result: b, n (query heads) and k (key/value
         heads) may be divided. An axis b or n of size 1 serves all examples or heads; in a result it
         is a sum over them, and sums over devices are added.
+      mesh_axes: like `MESH_AXES`, to divide examples and heads by the names of mesh axes where
+        their sizes allow; None to leave them as they are divided.
 
     Returns:
       The results.
     """
-    if not _is_divided(jax.sharding.get_abstract_mesh()):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh_axes is not None:
+        return _divide_by_name(function, inputs, axes, mesh, mesh_axes)
+    return _leave_divided(function, inputs, axes, mesh)
+
+
+def large_axes(mesh: jax.sharding.AbstractMesh) -> list[str]:
+    """Return the names of the axes over which the partitioner could divide something."""
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return [name for name, size, kind in kinds if size > 1 and kind != AxisType.Manual]
+
+
+def _divide_by_name(function, inputs, axes, mesh, mesh_axes):
+    large = large_axes(mesh)
+    if not large:
+        return function(dict(inputs))
+    sizes = _sizes({name: np.shape(array) for name, array in inputs.items()}, axes)
+    batch, heads = (
+        tuple(name for name in mesh_axes[role] if name in large) for role in ("batch", "heads")
+    )
+    ways = lambda names: math.prod(mesh.shape[name] for name in names)
+    if sizes["b"] % ways(batch):
+        batch = ()
+    if not _can_divide_queries(ways(heads), sizes):
+        heads = ()
+    divided = {"b": batch, "n": heads, "k": () if sizes["k"] % ways(heads) else heads}
+    results = jax.eval_shape(function, dict(inputs))
+    spec = lambda name, array: _spec(axes[name], np.shape(array), divided, sizes)
+
+    def local(inputs):
+        return _local(function, inputs, axes, results, mesh, divided, sizes)
+
+    return jax.shard_map(
+        local,
+        in_specs=({name: spec(name, array) for name, array in inputs.items()},),
+        out_specs={name: spec(name, array) for name, array in results.items()},
+        axis_names={name for name in mesh.axis_names if name not in mesh.manual_axes},
+        check_vma=False,
+    )(dict(inputs))
+
+
+def _local(function, inputs, axes, results, mesh, divided, sizes):
+    """Apply the function to what a device holds."""
+    held = {name: _pick(array, axes[name], mesh, divided, sizes) for name, array in inputs.items()}
+    return {
+        name: _add(array, axes[name], results[name].shape, mesh, divided, sizes)
+        for name, array in function(held).items()
+    }
+
+
+def _leave_divided(function, inputs, axes, mesh):
+    if not _is_divided(mesh):
         return function(dict(inputs))
     names = tuple(sorted(inputs))
     arrays = [inputs[name] for name in names]
@@ -60,14 +124,8 @@ def over_batch_and_heads(
             return NamedSharding(mesh, _spec(axes[name], shape, divided, sizes))
 
         def local(*arrays):
-            held = {
-                name: _pick(array, axes[name], mesh, divided, sizes)
-                for name, array in zip(names, arrays, strict=True)
-            }
-            return {
-                name: _add(array, axes[name], wanted[name].shape, mesh, divided, sizes)
-                for name, array in function(held).items()
-            }
+            held = dict(zip(names, arrays, strict=True))
+            return _local(function, held, axes, wanted, mesh, divided, sizes)
 
         return (
             mesh,
@@ -126,9 +184,7 @@ def _divided(given, axes, mesh, sizes):
                 continue
             over = _mesh_axes(given[name].sharding, given[name].shape, at, mesh)
             ways = math.prod(mesh.shape[name] for name in over)
-            can_stay = size % ways == 0
-            if axis == "n" and can_stay:
-                can_stay = sizes["k"] % ways == 0 or _do_share(ways, sizes)
+            can_stay = _can_divide_queries(ways, sizes) if axis == "n" else size % ways == 0
             others = found["h" if group == "b" else "b"]
             if can_stay and not set(over) & set(others):
                 found[group] = over
@@ -137,9 +193,12 @@ def _divided(given, axes, mesh, sizes):
     return {"b": found["b"], "n": found["h"], "k": () if are_keys_whole else found["h"]}
 
 
-def _do_share(ways, sizes):
-    """Whether all query heads of a device use the same key/value head."""
-    return (sizes["n"] // sizes["k"]) % (sizes["n"] // ways) == 0
+def _can_divide_queries(ways, sizes):
+    """Whether each device has the same key/value heads to itself, or needs the same single one."""
+    if sizes["k"] % ways == 0:
+        return True
+    group = sizes["n"] // sizes["k"]
+    return sizes["n"] % ways == 0 and group % (sizes["n"] // ways) == 0
 
 
 def _mesh_axes(sharding, shape, at, mesh):

@@ -400,19 +400,29 @@ def test_stays_sharded_over_examples_and_heads(k, small_tiles):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
-def test_axes_that_are_partly_manual_are_refused():
-    mesh = make_mesh({"context": 4, "data": 2})
-    run = lambda *arrays: attention(*arrays, implementation="pallas_tpu")
-    mapped = jax.shard_map(
-        run, mesh=mesh, in_specs=P(None, "context"), out_specs=P(None, "context"),
-        axis_names={"context"},
-    )  # fmt: skip
+def test_mesh_axis_of_unknown_use_is_refused():
     with (
-        jax.set_mesh(mesh),
+        jax.set_mesh(make_mesh({"context": 8})),
         pallas_tpu.interpreted(),
-        pytest.raises(NotImplementedError, match="must be automatic or all manual"),
+        pytest.raises(NotImplementedError, match="mesh axis 'context'"),
     ):
-        jax.eval_shape(mapped, *qkv())
+        attention(*qkv(), implementation="pallas_tpu")
+
+
+def test_inside_shard_map_over_some_axes():
+    """What is left to the partitioner is divided as ever."""
+    mesh = make_mesh({"context": 4, "data": 2})
+    arrays = qkv(b=2, t=128, s=64)
+    mapped = lambda implementation: jax.jit(jax.shard_map(
+        functools.partial(attention, implementation=implementation), mesh=mesh, check_vma=False,
+        in_specs=(P(None, "context"), P(), P()), out_specs=P(None, "context"),
+        axis_names={"context"},
+    ))  # fmt: skip
+    with jax.set_mesh(mesh):
+        wanted = mapped("reference")(*arrays)
+        with pallas_tpu.interpreted():
+            found = mapped("pallas_tpu")(*arrays)
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_inside_shard_map(small_tiles, monkeypatch):
