@@ -90,14 +90,14 @@ CASES = {
     "window": dict(mask=mask.sliding_window(200, 0)),
     "prefix": dict(mask=mask.prefix_lm(150)),
     "share_question": dict(mask=mask.share_question(LENGTHS)),
-    "blocks": dict(mask=lambda kept: mask.blocks(kept, 100, 100), inputs=[((B, 11, 11), bool)]),
+    "blocks": dict(mask=lambda kept: mask.blocks(kept, 100, 100), inputs=[((N, 11, 11), bool)]),
     "dense": dict(mask=lambda kept: mask.array(kept), inputs=[((B, N, T, T), bool)]),
     "dense_f32": dict(
         mask=lambda kept: mask.array(kept), inputs=[((1, 1, T, T), bool)], dtype="float32"
     ),
     "multi_query": dict(mask=mask.causal(), k=1),
     "softcap": dict(mask=mask.causal(), softcap=30.0),
-    "sink": dict(mask=mask.causal(), normalizer="softmax_one"),
+    "softmax_one": dict(mask=mask.causal(), normalizer="softmax_one"),
     "dropout": dict(
         mask=mask.causal(), dropout_rate=0.1,
         dropout_key=lambda data: jax.random.wrap_key_data(data), inputs=[((2,), jnp.uint32)],
@@ -124,7 +124,7 @@ def test_compiles(name):
     assert kernels(compiled("v5e", **CASES[name])) == 2 + EXTRA.get(name, 0)
 
 
-@pytest.mark.parametrize("name", ["causal", "documents", "causal_256_f32", "dense"])
+@pytest.mark.parametrize("name", ["causal", "documents", "causal_256_f32", "dense", "long"])
 @pytest.mark.parametrize("chip", ["v4", "v5p", "v6e"])
 def test_compiles_for_other_chips(chip, name):
     assert kernels(compiled(chip, **CASES[name])) == 2
