@@ -66,9 +66,10 @@ def large_axes(mesh: jax.sharding.AbstractMesh) -> list[str]:
 
 
 def _divide_by_name(function, inputs, axes, mesh, mesh_axes):
-    large = large_axes(mesh)
-    if not large:
+    free = {name for name in mesh.axis_names if name not in mesh.manual_axes}
+    if not free or mesh.size == 1:
         return function(dict(inputs))
+    large = large_axes(mesh)
     sizes = _sizes({name: np.shape(array) for name, array in inputs.items()}, axes)
     batch, heads = (
         tuple(name for name in mesh_axes[role] if name in large) for role in ("batch", "heads")
@@ -89,7 +90,8 @@ def _divide_by_name(function, inputs, axes, mesh, mesh_axes):
         local,
         in_specs=({name: spec(name, array) for name, array in inputs.items()},),
         out_specs={name: spec(name, array) for name, array in results.items()},
-        axis_names={name for name in mesh.axis_names if name not in mesh.manual_axes},
+        # All that are left, even those of size one, or the compiler takes the kernel for divided.
+        axis_names=free,
         check_vma=False,
     )(dict(inputs))
 

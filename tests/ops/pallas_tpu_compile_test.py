@@ -139,6 +139,29 @@ def test_stays_sharded_over_chips(k):
     assert ("all-reduce" in text) == (k == 1)
 
 
+def test_inside_shard_map_over_some_axes():
+    """Axes that are left to the partitioner matter even if they are of size one."""
+    mesh = Mesh(
+        np.array(devices("v5e")[:4]).reshape(1, 4),
+        ("data", "context"),
+        axis_types=(AxisType.Auto,) * 2,
+    )
+    specs = P(None, "context")
+    run = jax.shard_map(
+        functools.partial(attention, mask=mask.causal(), implementation="pallas_tpu"),
+        mesh=mesh.abstract_mesh,
+        in_specs=specs,
+        out_specs=specs,
+        axis_names={"context"},
+        check_vma=False,
+    )
+    sharding = NamedSharding(mesh, specs)
+    arrays = [jax.ShapeDtypeStruct((1, 4 * T, 2, 64), jnp.bfloat16, sharding=sharding)] * 3
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(run).trace(*arrays)
+        assert kernels(traced.lower(lowering_platforms=("tpu",)).compile()) == 1
+
+
 def test_is_the_automatic_choice():
     """Also ahead of time, where the default backend is another."""
     device = devices("v5e")[:1]
