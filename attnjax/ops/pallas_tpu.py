@@ -19,6 +19,12 @@ Numbers per query (lse and statistics) leave as rows along the lanes, which take
 not the 512 of a column.
 
 Products of float32 inputs follow `jax.default_matmul_precision`, as everywhere on TPUs.
+
+On several chips the kernels run on the examples and heads of each. They must know the mesh: it has
+to be set with `jax.set_mesh`, and its axes have the names in `attnjax.ops.partition.MESH_AXES`.
+
+No kernel here has yet run on a TPU. Tests run them in Pallas's emulation on CPU and compile them
+with libtpu for v4, v5e, v5p and v6e.
 """
 
 import dataclasses
