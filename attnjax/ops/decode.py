@@ -25,24 +25,23 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnjax.ops import mask as masks
 from attnjax.ops import reference
 from attnjax.ops.attention import (
     AttentionOutput,
     Call,
-    _check_arrays,
-    _check_bias,
-    _check_mask,
-    _check_normalizer,
-    _check_softcap,
-    _number,
-    attention,
+    check_arrays,
+    check_bias,
+    check_mask,
+    check_normalizer,
+    check_number,
+    check_softcap,
 )
+from attnjax.ops.lengths import check_lengths
 from attnjax.ops.mask import Mask
-from attnjax.ops.merge import merge_partials
-from attnjax.ops.normalizer import EMPTY_LSE, SoftmaxFamily
+from attnjax.ops.merge import merge_partials, merge_shards
+from attnjax.ops.normalizer import SoftmaxFamily
 from attnjax.typing import Array
 
 
@@ -90,14 +89,15 @@ def decode_attention(
       ValueError: an argument cannot mean anything, or a known length exceeds the keys.
       NotImplementedError: the normalizer has no log-sum-exp.
     """
-    query, key, value = _check_arrays(query, key, value)
-    normalizer = _check_normalizer(normalizer)
+    query, key, value = check_arrays(query, key, value)
+    normalizer = check_normalizer(normalizer)
     if not isinstance(normalizer, SoftmaxFamily):
         raise NotImplementedError(
             f"decode_attention: {type(normalizer).__name__} has no log-sum-exp to merge by"
         )
     b, t, n, h = query.shape
     s = key.shape[1]
+    normalizer.check(n, h, value.shape[3])
     if not 1 <= splits <= s:
         raise ValueError(f"splits={splits}: choose from 1 to the number of keys, {s}")
     total = s * (1 if axis_name is None else jax.lax.axis_size(axis_name))
@@ -105,18 +105,19 @@ def decode_attention(
         raise ValueError(f"mask of keys sharded over {axis_name!r} must be a Mask, not an array")
     too_long = None
     if lengths is not None:
-        lengths, too_long = _check_lengths(lengths, b, total)
+        lengths = check_lengths(lengths, b, total, f"the number of keys, {total}")
+        too_long = (lengths > total) | (lengths < 0)
         seen = _seen(lengths, t)
-        mask = seen if mask is None else seen & _as_mask(mask)
-    visibility = _check_mask(mask, b, n, t, total)
+        mask = seen if mask is None else seen & masks.as_mask(mask)
+    visibility = check_mask(mask, b, n, t, total)
     if axis_name is not None:
         start = jax.lax.axis_index(axis_name) * s
         visibility = visibility.window(0, t, start, s, t, total)
-    scale = h**-0.5 if scale is None else _number("scale", scale)
-    softcap = _check_softcap(softcap)
+    scale = h**-0.5 if scale is None else check_number("scale", scale)
+    softcap = check_softcap(softcap)
     call = Call(
         query=query, key=key, value=value, visibility=visibility,
-        bias=_check_bias(bias, (b, n, t, s)), scale=scale, softcap=softcap, normalizer=None,
+        bias=check_bias(bias, (b, n, t, s)), scale=scale, softcap=softcap, normalizer=None,
         extra_logit=None, return_lse=True, probability_heads=(), score_heads=(), statistics=(),
         edit=None, dropout_rate=0.0, dropout_key=None,
     )  # fmt: skip
@@ -124,36 +125,13 @@ def decode_attention(
     if axis_name is not None:
         out, lse = merge_shards(out, lse, axis_name)
     if type(normalizer) is not SoftmaxFamily:
-        out, lse = _finish(query, out, lse, normalizer, scale, softcap)
+        finished = normalizer.finish(query.astype(out.dtype), lse, scale, softcap)
+        out, lse = finished.output(out), finished.lse
     if too_long is not None:
         out = jnp.where(too_long[:, None, None, None], jnp.nan, out)
         lse = jnp.where(too_long[:, None, None], jnp.nan, lse)
     out = out.astype(query.dtype)
     return AttentionOutput(out=out, lse=lse) if return_lse else out
-
-
-def merge_shards(out: Array, lse: Array, axis_name: str) -> tuple[Array, Array]:
-    """Merge softmax attention over the keys of each device of a mesh axis; see `merge_partials`.
-
-    Args:
-      out: `[b,t,n,hv]` float32 or wider, of this device's keys.
-      lse: `[b,n,t]` of the same dtype.
-      axis_name: name of the axis in the surrounding `jax.shard_map`.
-
-    Returns:
-      `out` and `lse` for the keys of all devices, the same on each.
-    """
-    lse = jnp.maximum(lse, EMPTY_LSE)
-    top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis_name)
-    weight_bnt = jnp.where(lse > EMPTY_LSE, jnp.exp(lse - top), 0)
-    share = weight_bnt.swapaxes(1, 2)[..., None]
-    # A part without keys may hold anything: it must not meet a product.
-    parts = (share * jnp.where(share > 0, out, 0), weight_bnt)
-    out, weight_bnt = jax.lax.psum(parts, axis_name)
-    is_empty = weight_bnt == 0
-    weight_bnt = jnp.where(is_empty, 1, weight_bnt)
-    lse = jnp.where(is_empty, EMPTY_LSE, top + jnp.log(weight_bnt))
-    return out / weight_bnt.swapaxes(1, 2)[..., None], lse
 
 
 def _attend_parts(call, splits):
@@ -178,50 +156,7 @@ def _attend_parts(call, splits):
     return merge_partials([(out_zbtnh[i], lse_bntz[..., i]) for i in range(splits)])
 
 
-def _finish(query, out, lse, normalizer, scale, softcap):
-    """Add the extra term of a relative of softmax.
-
-    What was merged is attention to a single key whose score is the log-sum-exp.
-    """
-    b, t, n, h = query.shape
-    single = lambda x: x.reshape(b * t, 1, *x.shape[2:])
-    lse_btn = lse.swapaxes(1, 2)
-    finished = attention(
-        single(query).astype(out.dtype),
-        jnp.zeros((b * t, 1, n, h), out.dtype),
-        single(out),
-        mask=single(lse_btn > EMPTY_LSE).reshape(b * t, n, 1, 1),
-        bias=lse_btn.reshape(b * t, n, 1, 1),
-        scale=scale,
-        softcap=softcap,
-        normalizer=normalizer,
-        implementation="reference",
-        return_lse=True,
-    )
-    return finished.out.reshape(out.shape), finished.lse.reshape(b, t, n).swapaxes(1, 2)
-
-
 def _seen(lengths, t):
     upper = lengths[:, None] - (t - 1) + jnp.arange(t, dtype=jnp.int32)
     upper = jnp.maximum(upper, 0)[:, None, None, :]
     return masks.ranges(jnp.zeros_like(upper), upper)
-
-
-def _as_mask(mask):
-    return mask if isinstance(mask, Mask) else masks.array(mask)
-
-
-def _check_lengths(lengths, b, total):
-    if jnp.shape(lengths) != (b,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-        raise ValueError(
-            f"lengths must be integers [b] = ({b},), got {jnp.result_type(lengths)} "
-            f"{jnp.shape(lengths)}"
-        )
-    if not isinstance(lengths, jax.core.Tracer):
-        for example, length in enumerate(np.asarray(lengths)):
-            if not 0 <= length <= total:
-                raise ValueError(
-                    f"lengths[{example}]={length}: choose from 0 to the number of keys, {total}"
-                )
-    lengths = jnp.asarray(lengths, jnp.int32)
-    return lengths, (lengths > total) | (lengths < 0)

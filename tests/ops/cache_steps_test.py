@@ -20,20 +20,13 @@ from attnjax.ops.cache import (
     append_and_attend,
     attend_cached,
 )
+from attnjax.ops.positions import rotate
 
 B, N, K, H = 3, 4, 2, 8
 F32 = 2e-5  # Contract of the core for float32.
 PROMPTS = (9, 4, 0)
 STEPS = 11
-
-
-def rope(x, positions):
-    """Rotate pairs (i, i + h / 2)."""
-    half = x.shape[-1] // 2
-    angle = positions[..., None, None] * 100.0 ** (-jnp.arange(half) / half)
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+rope = functools.partial(rotate, base=100.0)
 
 
 def tokens(length, batch=B):

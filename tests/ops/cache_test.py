@@ -23,6 +23,7 @@ from attnjax.ops.cache import (
     attend_cached,
 )
 from attnjax.ops.normalizer import SoftmaxFamily
+from attnjax.ops.positions import rotate
 
 B, N, K, H, HV = 3, 4, 2, 8, 6
 CHUNK = 5
@@ -33,16 +34,7 @@ F32 = 2e-5  # Contract of the core for float32.
 BF16 = 2e-2  # And for bfloat16, relative to values of order one.
 
 SIZES = dict(batch=B, heads=K, width=H, value_width=HV)
-
-
-def rope(x, positions):
-    """Rotate pairs (i, i + h / 2)."""
-    half = x.shape[-1] // 2
-    angle = positions[..., None, None] * 100.0 ** (-jnp.arange(half) / half)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    turned = [first * cos - second * sin, first * sin + second * cos]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+rope = functools.partial(rotate, base=100.0)
 
 
 def tokens(length, dtype=jnp.float32, seed=0):

@@ -116,7 +116,7 @@ def attend_cached(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     seen = cache.mask(queries)
     if mask is not None:
-        seen = seen & (mask if isinstance(mask, Mask) else masks.array(mask))
+        seen = seen & masks.as_mask(mask)
     key, value = cache.contents(query.dtype)
     if rotate is not None:
         query, key = cache.turn(rotate, query, key, options.get("normalizer"))

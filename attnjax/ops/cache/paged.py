@@ -12,10 +12,10 @@ from attnjax.ops.cache.state import (
     causal_mask,
     check_positive,
     empty_arrays,
-    known,
     register,
 )
-from attnjax.ops.cache.storage import Quantisation, write
+from attnjax.ops.cache.storage import Quantisation, clear, write
+from attnjax.ops.lengths import known
 from attnjax.ops.mask import Mask
 from attnjax.typing import Array
 
@@ -133,9 +133,8 @@ class PagedCache(Cache):
             length=jnp.where(examples, 0, self.length),
             fresh=jnp.where(examples, 0, self.fresh),
         )
-        gone = after.is_free()[:, None, None, None]
-        wipe = lambda x: jnp.where(gone, jnp.zeros((), x.dtype), x)
-        return dataclasses.replace(after, key=wipe(self.key), value=wipe(self.value))
+        gone = after.is_free()
+        return dataclasses.replace(after, key=clear(self.key, gone), value=clear(self.value, gone))
 
     def share(
         self, source: Array | int, examples: Array, tokens: Array | int | None = None

@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnjax.ops import mask as masks
 from attnjax.ops.cache.storage import allocate, clear, read, write
+from attnjax.ops.lengths import check_lengths, known
 from attnjax.ops.mask import Mask
 from attnjax.typing import Array
 
@@ -90,17 +90,7 @@ class Cache(abc.ABC):
         b = self.length.shape[0]
         if lengths is None:
             return jnp.full((b,), chunk, jnp.int32)
-        if jnp.shape(lengths) != (b,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-            raise ValueError(
-                f"lengths must be integers [b] = ({b},), got {jnp.result_type(lengths)} "
-                f"{jnp.shape(lengths)}"
-            )
-        for example, length in enumerate(known(lengths) or ()):
-            if not 0 <= length <= chunk:
-                raise ValueError(
-                    f"lengths[{example}]={length}: choose from 0 to {chunk}, the tokens given"
-                )
-        return jnp.clip(jnp.asarray(lengths, jnp.int32), 0, chunk)
+        return jnp.clip(check_lengths(lengths, b, chunk, f"{chunk}, the tokens given"), 0, chunk)
 
     @abc.abstractmethod
     def _store(self, key, value, position_bc, is_token_bc) -> Self:
@@ -318,8 +308,3 @@ def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size}: must be at least 1")
-
-
-def known(array: Any) -> list[int] | None:
-    """Return the values of an array, or None while they are traced."""
-    return None if isinstance(array, jax.core.Tracer) else np.asarray(array).tolist()

@@ -135,9 +135,9 @@ def read(storage: Array | QuantisedArray, dtype: Any) -> Array:
     return array.at[:, : storage.spared.shape[1]].set(storage.spared.astype(dtype))
 
 
-def clear(storage: Array | QuantisedArray, examples: Array) -> Array | QuantisedArray:
-    """Return the storage with zeros for some examples, bool `[b]`."""
-    gone = examples[:, None, None, None]
+def clear(storage: Array | QuantisedArray, rows: Array) -> Array | QuantisedArray:
+    """Return the storage with zeros for some examples (or pages), bool `[b]`."""
+    gone = rows[:, None, None, None]
     wipe = lambda x: jnp.where(gone, jnp.zeros((), x.dtype), x)
     if not isinstance(storage, QuantisedArray):
         return wipe(storage)
