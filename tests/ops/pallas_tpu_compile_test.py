@@ -120,14 +120,9 @@ EXTRA = {"bias": 1, "bias_keys": 1, "bias_queries": 1, "statistics": 1}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiles(name):
-    assert kernels(compiled("v5e", **CASES[name])) == 2 + EXTRA.get(name, 0)
-
-
-@pytest.mark.parametrize("name", ["causal", "documents", "causal_256_f32", "dense", "long"])
-@pytest.mark.parametrize("chip", ["v4", "v5p", "v6e"])
-def test_compiles_for_other_chips(chip, name):
-    assert kernels(compiled(chip, **CASES[name])) == 2
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_compiles(chip, name):
+    assert kernels(compiled(chip, **CASES[name])) == 2 + EXTRA.get(name, 0)
 
 
 @pytest.mark.parametrize("k", [4, 1])
