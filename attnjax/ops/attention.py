@@ -294,12 +294,21 @@ def automatic_order(call: Call) -> tuple[str, ...]:
     only used by name, because it rounds differently from the others.
     """
     b, n, t, s = call.scores_shape
-    limit = 2**21 if jax.default_backend() == "cpu" else 2**26
+    platform = _platform()
+    limit = 2**21 if platform == "cpu" else 2**26
     is_few = n * t <= call.key.shape[2] * call.key.shape[3]
-    if jax.default_backend() == "gpu" and not is_few:
-        return ("pallas_gpu", "chunked", "reference")
+    kernels = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform)
+    if kernels and not is_few:
+        return (kernels, "chunked", "reference")
     is_dense = b * n * t * s <= limit or is_few
     return ("reference", "chunked") if is_dense else ("chunked", "reference")
+
+
+def _platform() -> str:
+    """Return what is traced for: the default backend, or TPUs that an ambient mesh describes."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    is_tpu = device is not None and device.platform == "tpu"
+    return "tpu" if is_tpu else jax.default_backend()
 
 
 def _first_served(names: tuple[str, ...], call: Call) -> AttentionOutput:

@@ -278,3 +278,13 @@ def test_host_work_at_131072_tokens_is_quick():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_padded_blocks_of_a_traced_map():
+    kept = np.random.default_rng(0).random((2, 3, 4)) < 0.5
+
+    def kinds(kept):
+        seen = mask.blocks(kept, 5, 6).visibility(15, 24)
+        return seen.pad(15, 24, 16, 32).block_map(16, 32, 8, 8)
+
+    np.testing.assert_array_equal(jax.jit(kinds)(kept), kinds(kept))
