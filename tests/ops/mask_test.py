@@ -194,8 +194,14 @@ MASKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("second", MASKS)
-@pytest.mark.parametrize("first", MASKS)
+PAIRS = [
+    pytest.param(first, second, marks=() if i <= j else pytest.mark.slow)
+    for i, first in enumerate(MASKS)
+    for j, second in enumerate(MASKS)
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_algebra(first, second):
     rng = np.random.default_rng(2)
     one, two = MASKS[first](rng), MASKS[second](rng)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnjax.ops import TokenMass, attention, mask, pallas_tpu
-from attnjax.ops.core_cases import CASES
+from attnjax.ops.cases import CASES
 from attnjax.ops.pallas_tpu_tile import Chip, Plan, Tiles, choose_tiles, make_tables
 from attnjax.parallel import make_mesh
 
