@@ -5,16 +5,19 @@ attention           attention, whichever implementation is fastest
 mask                masks as values
 normalizers         softmax, its relatives and alternatives
 merge_partials      attention over disjoint sets of keys, merged
+decode_attention    attention of a few queries to many keys, in parts
 landmark_attention  attention through landmarks that gate their blocks
 select_blocks       the blocks of keys worth attending to, as a mask
 bicubic_resize      resampling of pictures
+cache               keys and values of a stream, kept from step to step
 
 `attnjax.ops.bias` holds biases that are functions of position, `attnjax.ops.positions` rotary
 positions and norms of queries and keys.
 """
 
-from attnjax.ops import mask, normalizers
+from attnjax.ops import cache, mask, normalizers
 from attnjax.ops.attention import IMPLEMENTATIONS, AttentionOutput, attention
+from attnjax.ops.decode import decode_attention
 from attnjax.ops.landmark import landmark_attention
 from attnjax.ops.merge import merge_partials
 from attnjax.ops.normalizer import EMPTY_LSE
@@ -32,6 +35,8 @@ __all__ = [
     "TokenMass",
     "attention",
     "bicubic_resize",
+    "cache",
+    "decode_attention",
     "landmark_attention",
     "mask",
     "merge_partials",

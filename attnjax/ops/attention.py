@@ -214,14 +214,14 @@ def attention(
         raise ValueError(
             f"implementation {implementation!r} is unknown; choose from {list(IMPLEMENTATIONS)}"
         )
-    query, key, value = _check_arrays(query, key, value)
+    query, key, value = check_arrays(query, key, value)
     b, t, n, h = query.shape
     s = key.shape[1]
     if stop_gradient is not None:
         key, value = _stop(stop_gradient, key, value)
-    scale = h**-0.5 if scale is None else _number("scale", scale)
-    softcap = _check_softcap(softcap)
-    normalizer = _check_normalizer(normalizer)
+    scale = h**-0.5 if scale is None else check_number("scale", scale)
+    softcap = check_softcap(softcap)
+    normalizer = check_normalizer(normalizer)
     normalizer.check(n, h, value.shape[3])
     is_softmax = isinstance(normalizer, SoftmaxFamily)
     if return_lse and not is_softmax:
@@ -235,8 +235,8 @@ def attention(
         query=query,
         key=key,
         value=value,
-        visibility=_check_mask(mask, b, n, t, s),
-        bias=_check_bias(bias, (b, n, t, s)),
+        visibility=check_mask(mask, b, n, t, s),
+        bias=check_bias(bias, (b, n, t, s)),
         scale=scale,
         softcap=softcap,
         normalizer=None if is_softmax else normalizer,
@@ -256,15 +256,14 @@ def attention(
     out, lse, probabilities = output.out, output.lse, output.probabilities
     if finish is not None:
         finished = finish(lse=lse)
-        wide = out.astype(call.statistics_dtype)
-        if finished.factor is not None and edit is None:
-            wide = wide * finished.factor.swapaxes(1, 2)[..., None]
-            if probabilities is not None:
-                heads = np.array(call.probability_heads)
-                probabilities = probabilities * finished.factor[:, heads, :, None]
-        if finished.addition is not None:
-            wide = wide + finished.addition
-        out, lse = wide.astype(query.dtype), finished.lse
+        if edit is not None:
+            # The edit has seen the factor already.
+            finished = dataclasses.replace(finished, factor=None)
+        if finished.factor is not None and probabilities is not None:
+            heads = np.array(call.probability_heads)
+            probabilities = probabilities * finished.factor[:, heads, :, None]
+        out = finished.output(out.astype(call.statistics_dtype)).astype(query.dtype)
+        lse = finished.lse
     if gate is not None:
         out = out * _check_gate(gate, out)
     asked = return_lse or call.probability_heads or call.score_heads or call.statistics
@@ -295,12 +294,21 @@ def automatic_order(call: Call) -> tuple[str, ...]:
     only used by name, because it rounds differently from the others.
     """
     b, n, t, s = call.scores_shape
-    limit = 2**21 if jax.default_backend() == "cpu" else 2**26
+    platform = _platform()
+    limit = 2**21 if platform == "cpu" else 2**26
     is_few = n * t <= call.key.shape[2] * call.key.shape[3]
-    if jax.default_backend() == "gpu" and not is_few:
-        return ("pallas_gpu", "chunked", "reference")
+    kernels = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform)
+    if kernels and not is_few:
+        return (kernels, "chunked", "reference")
     is_dense = b * n * t * s <= limit or is_few
     return ("reference", "chunked") if is_dense else ("chunked", "reference")
+
+
+def _platform() -> str:
+    """Return what is traced for: the default backend, or TPUs that an ambient mesh describes."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    is_tpu = device is not None and device.platform == "tpu"
+    return "tpu" if is_tpu else jax.default_backend()
 
 
 def _first_served(names: tuple[str, ...], call: Call) -> AttentionOutput:
@@ -328,7 +336,12 @@ def _attend(name: str, call: Call) -> AttentionOutput:
     return module.attend(call)
 
 
-def _check_arrays(query, key, value):
+def check_arrays(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Return `query [b,t,n,h]`, `key [b,s,k,h]` and `value [b,s,k,hv]` as arrays.
+
+    Raises:
+      ValueError: ranks, dtypes or sizes do not belong together.
+    """
     query, key, value = (jnp.asarray(array) for array in (query, key, value))
     arrays = {"query": (query, "btnh"), "key": (key, "bskh"), "value": (value, "bskh")}
     for name, (array, axes) in arrays.items():
@@ -359,7 +372,12 @@ def _check_arrays(query, key, value):
     return query, key, value
 
 
-def _check_mask(mask, b, n, t, s) -> Visibility:
+def check_mask(mask: Mask | Array | None, b: int, n: int, t: int, s: int) -> Visibility:
+    """Return who may attend whom of a mask for scores `[b,n,t,s]`.
+
+    Raises:
+      ValueError: the mask is for another shape.
+    """
     if mask is None:
         return Visibility()
     if not isinstance(mask, Mask):
@@ -380,7 +398,12 @@ def _check_mask(mask, b, n, t, s) -> Visibility:
     return visibility
 
 
-def _check_bias(bias, shape):
+def check_bias(bias: Array | Bias | None, shape: tuple[int, int, int, int]) -> Any:
+    """Return a bias for scores of shape `(b, n, t, s)`; an array has rank 4 afterwards.
+
+    Raises:
+      ValueError: it does not broadcast, or is not floating.
+    """
     if bias is None:
         return None
     if isinstance(bias, Bias):
@@ -392,13 +415,19 @@ def _check_bias(bias, shape):
     return bias
 
 
-def _check_softcap(softcap):
-    if softcap is not None and not (softcap := _number("softcap", softcap)) > 0:
+def check_softcap(softcap: float | None) -> float | None:
+    """Return the cap; raise ValueError if it is not a positive finite number."""
+    if softcap is not None and not (softcap := check_number("softcap", softcap)) > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     return softcap
 
 
-def _check_normalizer(normalizer):
+def check_normalizer(normalizer: str | Normalizer) -> Normalizer:
+    """Return the normalizer, made if it was named.
+
+    Raises:
+      ValueError: the name is unknown or needs parameters, or it is no normalizer.
+    """
     if isinstance(normalizer, str):
         if normalizer not in NORMALIZERS:
             raise ValueError(
@@ -442,7 +471,7 @@ def _check_statistics(statistics, normalizer, b, s):
 
 
 def _check_dropout(dropout_rate, dropout_key):
-    dropout_rate = _number("dropout_rate", dropout_rate)
+    dropout_rate = check_number("dropout_rate", dropout_rate)
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate == 0.0:
@@ -493,7 +522,8 @@ def _broadcastable(name: str, array: Any, shape: tuple[int, int, int, int]) -> A
     return array
 
 
-def _number(name: str, value) -> float:
+def check_number(name: str, value: Any) -> float:
+    """Return the value as a float; raise ValueError if it is not a finite Python number."""
     if isinstance(value, (numbers.Real, np.number)) and math.isfinite(value):
         return float(value)
     raise ValueError(f"{name} must be a finite Python number, got {value!r}")

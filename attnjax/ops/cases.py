@@ -6,19 +6,17 @@ as the reference does, or refuses it. `WORKLOADS` have the sizes of real models.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.ops import bias as biases
+from attnjax.ops import mask as masks
+from attnjax.ops import normalizers as norms
 from attnjax.typing import Array
-
-MASKS = (
-    "causal", "causal_end", "window", "padding", "empty_example", "segments", "dense",
-    "empty_rows", "heads",
-)  # fmt: skip
-BIASES = ("full", "heads", "keys", "blocked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +26,24 @@ class Case:
     Attributes:
       name: unique within its list.
       b, t, s, n, k, h, hv: sizes of the axes `[b,t,n,h]`, `[b,s,k,h]` and `[b,s,k,hv]`.
-      mask: one of `MASKS`, or None.
-      bias: one of `BIASES`, or None.
+      mask: a name in `MASKS`, or None.
+      bias: a name in `BIASES`, or None.
+      normalizer: a name in `attnjax.ops.NORMALIZERS`.
       scale, softcap, dropout_rate: passed on.
-      is_extreme: scores are exactly -10,000, 0 or 10,000, with many ties.
+      is_extreme: scaled scores are exactly -10,000, 1 or 10,000, with many ties.
     """
 
     name: str
     b: int = 2
-    t: int = 5
-    s: int = 5
-    n: int = 2
+    t: int = 6
+    s: int = 9
+    n: int = 4
     k: int = 2
     h: int = 4
     hv: int = 4
     mask: str | None = None
     bias: str | None = None
+    normalizer: str = "softmax"
     scale: float | None = None
     softcap: float | None = None
     dropout_rate: float = 0.0
@@ -63,19 +63,30 @@ class Case:
         rng = np.random.default_rng((seed, 0))
         arrays = [rng.standard_normal(x.shape) for x in self.shapes()]
         if self.is_extreme:
-            for array in arrays[:2]:
-                rows = np.where(rng.random(array.shape[:-1]) < 0.5, -100.0, 100.0)
-                axis = rng.integers(0, self.h, array.shape[:-1])
-                array[:] = rows[..., None] * (np.arange(self.h) == axis[..., None])
+            query, key = arrays[:2]
+            query[:], key[:] = 0, 0
+            query[..., 0] = rng.choice([-100, 100], query.shape[:-1])
+            query[..., 1] = 1
+            kind = rng.choice(3, key.shape[:-1])
+            key[..., 0] = np.array([-100, 100, 0])[kind]
+            key[..., 1] = kind == 2
         return tuple(jnp.asarray(array, dtype) for array in arrays)
 
     def options(self, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
         """Draw the keyword arguments of `attention` that this case uses."""
         options: dict[str, Any] = {}
         if self.mask:
-            options["mask"] = jnp.asarray(self._mask(np.random.default_rng((seed, 1))))
+            options["mask"] = _lookup("mask", MASKS, self.mask)(
+                self, np.random.default_rng((seed, 1))
+            )
         if self.bias:
-            options["bias"] = jnp.asarray(self._bias(np.random.default_rng((seed, 2))), dtype)
+            bias = _lookup("bias", BIASES, self.bias)(self, np.random.default_rng((seed, 2)))
+            options["bias"] = jax.tree.map(lambda x: jnp.asarray(x, dtype), bias)
+        if self.normalizer == "grouped":
+            options["normalizer"] = norms.Grouped(np.arange(self.s)[None] % 4 == 3)
+        elif self.normalizer != "softmax":
+            rng = np.random.default_rng((seed, 3))
+            options["normalizer"] = draw_normalizer(self.normalizer, rng, self.n, self.h, self.hv)
         for name in ("scale", "softcap"):
             if getattr(self, name) is not None:
                 options[name] = getattr(self, name)
@@ -84,75 +95,168 @@ class Case:
             options |= {"dropout_rate": self.dropout_rate, "dropout_key": key}
         return options
 
-    def _mask(self, rng):
-        b, t, s, n = self.b, self.t, self.s, self.n
-        rows, columns = np.arange(t)[:, None], np.arange(s)[None]
-        match self.mask:
-            case "causal":
-                return columns <= rows
-            case "causal_end":
-                return columns <= rows + s - t
-            case "window":
-                return np.abs(columns - rows) <= max(1, s // 4)
-            case "padding":
-                lengths = rng.integers(1, s + 1, (b, 1, 1, 1))
-                return columns < lengths
-            case "empty_example":
-                return np.broadcast_to(np.arange(b)[:, None, None, None] > 0, (b, 1, 1, s))
-            case "segments":
-                marks = np.sort(rng.integers(0, 3, (b, 1, max(t, s))), axis=-1)
-                return marks[..., :t, None] == marks[..., None, :s]
-            case "dense":
-                mask = rng.random((b, n, t, s)) < 0.6
-                mask[0, 0, 0] = False
-                return mask
-            case "empty_rows":
-                return (np.arange(t) % 2 == 0).reshape(1, 1, t, 1)
-            case "heads":
-                mask = rng.random((1, n, 1, s)) < 0.6
-                mask[..., 0] = True
-                return mask
-        raise ValueError(f"mask {self.mask!r} is unknown; choose from {MASKS}")
 
-    def _bias(self, rng):
-        b, t, s, n = self.b, self.t, self.s, self.n
-        match self.bias:
-            case "full":
-                return rng.standard_normal((b, n, t, s))
-            case "heads":
-                return rng.standard_normal((n, t, s))
-            case "keys":
-                return rng.standard_normal((b, 1, 1, s))
-            case "blocked":
-                bias = rng.standard_normal((b, n, t, s))
-                bias[rng.random(bias.shape) < 0.3] = -np.inf
-                bias[-1, -1, -1] = -np.inf
-                return bias
-        raise ValueError(f"bias {self.bias!r} is unknown; choose from {BIASES}")
+def draw_normalizer(
+    name: str, rng: np.random.Generator, n: int, h: int, hv: int
+) -> norms.Normalizer:
+    """Make any normalizer but "grouped", with random parameters for n heads of width h and hv."""
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    made: dict[str, Callable[[], norms.Normalizer]] = {
+        "sink_logit": lambda: norms.SinkLogit(normal(n)),
+        "kv_bias": lambda: norms.KeyValueBias(normal(n, h), normal(n, hv)),
+        "k_bias": lambda: norms.KeyBias(normal(n, h)),
+        "v_bias": lambda: norms.ValueBias(normal(1, hv)),
+        "ca_bias": lambda: norms.ContextBias(normal(n, h), normal(n, hv)),
+        "clipped": lambda: norms.Clipped(-0.03, 1.1),
+        "softpick_survey": lambda: norms.SoftpickSurvey(0.1 * abs(normal(n))),
+        "elastic": lambda: norms.Elastic(0.3 * normal(n)),
+        "elastic_survey": lambda: norms.ElasticSurvey(1.7),
+        "sigmoid": lambda: norms.Sigmoid(is_normalized=True, has_length_bias=True),
+    }
+    return made[name]() if name in made else norms.NORMALIZERS[name]()
 
 
-_MIXED = dict(t=6, s=9, n=4, k=2, h=4, hv=6)
+def _lookup(field, table, name):
+    if name not in table:
+        raise ValueError(f"{field} {name!r} is unknown; choose from {list(table)}")
+    return table[name]
+
+
+def _lengths(case, rng):
+    lengths = []
+    while sum(lengths) < case.s:
+        lengths.append(int(min(rng.integers(1, case.s // 2 + 2), case.s - sum(lengths))))
+    return lengths
+
+
+def _dense(case, rng):
+    visible = rng.random((case.b, case.n, case.t, case.s)) < 0.6
+    visible[0, 0, 0] = False
+    return masks.array(visible)
+
+
+def _segments(case, rng):
+    marks = np.sort(rng.integers(0, 3, (case.b, max(case.t, case.s))), axis=-1)
+    return masks.segments(jnp.asarray(marks[:, : case.t]), jnp.asarray(marks[:, : case.s]))
+
+
+def _blocks(case, rng):
+    rows, columns = -(-case.t // 3), -(-case.s // 4)
+    sizes = lambda count, size, whole: [size] * (count - 1) + [whole - size * (count - 1)]
+    kept = rng.random((case.n, rows, columns)) < 0.5
+    kept[0, 0] = False
+    return masks.blocks(kept, sizes(rows, 3, case.t), sizes(columns, 4, case.s))
+
+
+def _ragged(case, rng):
+    keys, queries = (rng.integers(1, size + 1, case.b) for size in (case.s, case.t))
+    return masks.padding(jnp.asarray(keys), jnp.asarray(queries))
+
+
+def _ranges(case, rng):
+    lower = rng.integers(0, case.s, (case.b, 1, 2, case.t))
+    return masks.ranges(jnp.asarray(lower), jnp.asarray(lower + rng.integers(-1, 4, lower.shape)))
+
+
+MASKS: dict[str, Callable[[Case, np.random.Generator], masks.Mask]] = {
+    "causal": lambda case, rng: masks.causal(),
+    "window": lambda case, rng: masks.sliding_window(2, 1),
+    "window_causal": lambda case, rng: masks.sliding_window(max(1, case.s // 4), 0),
+    "documents": lambda case, rng: masks.documents(_lengths(case, rng), causal=True),
+    "documents_full": lambda case, rng: masks.documents(_lengths(case, rng), causal=False),
+    "share_question": lambda case, rng: masks.share_question(_lengths(case, rng)),
+    "causal_blockwise": lambda case, rng: masks.causal_blockwise(_lengths(case, rng)),
+    "prefix": lambda case, rng: masks.prefix_lm(max(1, case.s // 3)),
+    "prefix_documents": lambda case, rng: masks.prefix_lm_documents(_lengths(case, rng), 2),
+    "global_window": lambda case, rng: masks.global_sliding_window(2, 1),
+    "block_causal": lambda case, rng: masks.block_causal_document(_lengths(case, rng), 2),
+    "blocks": _blocks,
+    "segments": _segments,
+    "causal_segments": lambda case, rng: masks.causal() & _segments(case, rng),
+    "padding": lambda case, rng: masks.padding(jnp.asarray(rng.integers(1, case.s + 1, case.b))),
+    "ragged": _ragged,
+    "ranges": _ranges,
+    "empty_example": lambda case, rng: masks.padding(np.arange(case.b) * case.s),
+    "empty_rows": lambda case, rng: masks.array((np.arange(case.t) % 2 == 0)[:, None]),
+    "nothing": lambda case, rng: masks.array(np.zeros((1, 1), bool)),
+    "dense": _dense,
+    "predicate": lambda case, rng: masks.predicate(_third),
+    "heads": lambda case, rng: masks.per_head(
+        [(masks.causal(), masks.sliding_window(1, 1))[i % 2] for i in range(case.n)]
+    ),
+    "either": lambda case, rng: masks.sliding_window(1, 0) | _segments(case, rng),
+}
+"""Masks by name; those of documents need as many queries as keys."""
+
+SQUARE = (
+    "documents", "documents_full", "share_question", "causal_blockwise", "prefix_documents",
+    "global_window", "block_causal",
+)  # fmt: skip
+"""Masks that need as many queries as keys."""
+
+
+def _third(query, key):
+    return (query + key) % 3 != 0
+
+
+def _blocked_bias(case, rng):
+    bias = rng.standard_normal((case.b, case.n, case.t, case.s))
+    bias[rng.random(bias.shape) < 0.3] = -np.inf
+    bias[-1, -1, -1] = -np.inf
+    return bias
+
+
+BIASES: dict[str, Callable[[Case, np.random.Generator], Any]] = {
+    "full": lambda case, rng: rng.standard_normal((case.b, case.n, case.t, case.s)),
+    "heads": lambda case, rng: rng.standard_normal((case.n, case.t, case.s)),
+    "keys": lambda case, rng: rng.standard_normal((case.b, 1, 1, case.s)),
+    "queries": lambda case, rng: rng.standard_normal((1, case.n, case.t, 1)),
+    "blocked": _blocked_bias,
+    "alibi": lambda case, rng: biases.Alibi(biases.alibi_slopes(case.n)),
+    "relative": lambda case, rng: biases.RelativePosition(rng.standard_normal((case.n, 5))),
+    "buckets": lambda case, rng: biases.RelativeBuckets(
+        rng.standard_normal((case.n, 8)), max_distance=6
+    ),
+}
+"""Biases by name: arrays, and functions of position."""
+
+_SQUARE = dict(t=9, s=9)
 # Longer than a tile in every direction, on CPU too.
 _TILED = dict(t=380, s=1100, n=8, k=2, h=4, hv=6)
 
 CASES = (
     Case("plain"),
-    Case("lengths", t=3, s=9),
-    Case("value_width", hv=6),
-    Case("grouped", n=4, k=2),
-    Case("multi_query", n=4, k=1),
-    Case("one_query", t=1, s=9),
-    Case("one_key", t=3, s=1),
-    *(Case(f"mask_{mask}", mask=mask) for mask in MASKS if mask != "causal_end"),
-    Case("mask_causal_end", t=3, s=9, mask="causal_end"),
-    *(Case(f"bias_{bias}", bias=bias) for bias in BIASES),
+    Case("value_wide", hv=6),
+    Case("ungrouped", k=4),
+    Case("multi_query", k=1),
+    Case("more_queries_than_keys", t=9, s=4),
+    Case("one_query", t=1),
+    Case("one_key", s=1),
+    Case("single", t=1, s=1, n=1, k=1),
+    *(Case(f"mask_{mask}", mask=mask, **(_SQUARE if mask in SQUARE else {})) for mask in MASKS),
+    *(Case(f"bias_{bias}", bias=bias, mask="causal") for bias in BIASES),
     Case("scale", scale=0.3),
     Case("softcap", softcap=1.5, scale=1.0),
-    Case("extreme", t=8, s=12, scale=1.0, is_extreme=True),
-    Case("extreme_capped", t=8, s=12, scale=1.0, softcap=30.0, is_extreme=True),
-    Case("dropout", **_MIXED, dropout_rate=0.3),
-    Case("everything", **_MIXED, mask="dense", bias="heads", softcap=2.0, dropout_rate=0.2),
-    Case("tiled", **_TILED, mask="causal_end", bias="keys", softcap=2.0),
+    Case("extreme", scale=1.0, is_extreme=True),
+    Case("extreme_capped", scale=1.0, softcap=30.0, is_extreme=True),
+    *(
+        Case(f"normalizer_{name}", normalizer=name, mask="dense", bias="heads", softcap=3.0, hv=6)
+        for name in norms.NORMALIZERS
+    ),
+    *(
+        Case(f"extreme_{name}", normalizer=name, mask="dense", scale=1.0, is_extreme=True)
+        for name in norms.NORMALIZERS
+    ),
+    *(Case(f"single_{name}", t=1, s=1, n=1, k=1, normalizer=name) for name in norms.NORMALIZERS),
+    *(
+        Case(f"one_query_{name}", t=1, normalizer=name, mask="padding", bias="keys")
+        for name in norms.NORMALIZERS
+    ),
+    Case("length_200", b=1, t=200, s=200, n=2, k=1, h=8, hv=8, mask="documents"),
+    Case("empty_tiles", t=200, s=200, n=2, k=1, h=8, hv=8, mask="ragged"),
+    Case("dropout", dropout_rate=0.3),
+    Case("everything", hv=6, mask="dense", bias="heads", softcap=2.0, dropout_rate=0.2),
+    Case("tiled", **_TILED, mask="causal", bias="keys", softcap=2.0),
     Case("tiled_dropout", **_TILED, mask="padding", bias="heads", dropout_rate=0.2),
 )
 """Small calls that together use every argument."""

@@ -102,9 +102,7 @@ def landmark_attention(
 
 
 def _causal(mask):
-    if mask is None:
-        return masks.causal()
-    return masks.causal() & (mask if isinstance(mask, Mask) else masks.array(mask))
+    return masks.causal() if mask is None else masks.causal() & masks.as_mask(mask)
 
 
 def _by_block(query, key, value, *, block, mask, scale, softcap, rate, seed):

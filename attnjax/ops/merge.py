@@ -36,16 +36,49 @@ def merge_partials(partials: Sequence[tuple[Array, Array]]) -> tuple[Array, Arra
     wide = jnp.promote_types(first.dtype, jnp.float32)
     lses = jnp.stack([jnp.maximum(lse.astype(wide), EMPTY_LSE) for _, lse in partials])
     top = jax.lax.stop_gradient(lses.max(axis=0))  # It cancels.
-    weights = jnp.where(lses > EMPTY_LSE, jnp.exp(lses - top), 0)
-    total = weights.sum(axis=0)
-    is_empty = total == 0
-    total = jnp.where(is_empty, 1, total)
-    lse = jnp.where(is_empty, EMPTY_LSE, top + jnp.log(total))
+    weights = _weigh(lses, top)
+    total, lse = _add_up(weights.sum(axis=0), top)
     shares = (weights / total).swapaxes(2, 3)[..., None]
-    # An output that does not matter may even be NaN: it must not meet a product, not even its
-    # derivative.
     outs = [
-        share * jnp.where(share > 0, out.astype(wide), 0)
-        for share, (out, _) in zip(shares, partials, strict=True)
+        _product(share, out.astype(wide)) for share, (out, _) in zip(shares, partials, strict=True)
     ]
     return sum(outs).astype(first.dtype), lse
+
+
+def merge_shards(out: Array, lse: Array, axis_name: str) -> tuple[Array, Array]:
+    """Merge softmax attention over the keys of each device of a mesh axis; see `merge_partials`.
+
+    Args:
+      out: `[b,t,n,hv]` float32 or wider, of this device's keys.
+      lse: `[b,n,t]` of the same dtype.
+      axis_name: name of the axis in the surrounding `jax.shard_map`.
+
+    Returns:
+      `out` and `lse` for the keys of all devices, the same on each.
+    """
+    lse = jnp.maximum(lse, EMPTY_LSE)
+    top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis_name)
+    weight = _weigh(lse, top)
+    # Divided afterwards, so that outputs and weights travel together.
+    parts = (_product(weight.swapaxes(1, 2)[..., None], out), weight)
+    out, weight = jax.lax.psum(parts, axis_name)
+    total, lse = _add_up(weight, top)
+    return out / total.swapaxes(1, 2)[..., None], lse
+
+
+def _weigh(lse, top):
+    """Return how much a part counts, relative to the largest log-sum-exp."""
+    return jnp.where(lse > EMPTY_LSE, jnp.exp(lse - top), 0)
+
+
+def _add_up(total, top):
+    """Return the sum of all weights, 1 where there are none, and the log-sum-exp."""
+    is_empty = total == 0
+    total = jnp.where(is_empty, 1, total)
+    return total, jnp.where(is_empty, EMPTY_LSE, top + jnp.log(total))
+
+
+def _product(share, out):
+    # An output that does not matter may even be NaN: it must not meet a product, not even its
+    # derivative.
+    return share * jnp.where(share > 0, out, 0)

@@ -50,6 +50,12 @@ class Finish:
     factor: Array | None = None
     addition: Array | None = None
 
+    def output(self, out: Array) -> Array:
+        """Return what softmax attention `[b,t,n,hv]` becomes."""
+        if self.factor is not None:
+            out = out * self.factor.swapaxes(1, 2)[..., None]
+        return out if self.addition is None else out + self.addition
+
 
 def register(data: Sequence[str] = ()):
     """Make a class a frozen dataclass and a pytree.

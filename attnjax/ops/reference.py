@@ -66,7 +66,7 @@ def attend(call: Call) -> AttentionOutput:
         statistics = from_probabilities(shown_bnts, call.statistics)
     pick = lambda array, heads: array[:, np.array(heads)] if heads else None
     return AttentionOutput(
-        out=out_btkgh.reshape(b, t, n, -1).astype(call.query.dtype),
+        out=out_btkgh.reshape(b, t, n, call.value.shape[3]).astype(call.query.dtype),
         lse=lse_bnt if call.return_lse else None,
         probabilities=pick(probabilities_bnts, call.probability_heads),
         scores=pick(scores_bnts, call.score_heads),

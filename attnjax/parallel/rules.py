@@ -15,13 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnjax.errors import RecipeError
+from attnjax.ops.partition import MESH_AXES
 from attnjax.typing import Params
 
 LOGICAL_AXES = {
-    "batch": ("data", "fsdp"),
+    "batch": MESH_AXES["batch"],
     "sequence": ("context",),
     "embed": ("fsdp",),
-    "heads": ("model",),
+    "heads": MESH_AXES["heads"],
     "mlp": ("model",),
     "vocab": ("model",),
 }

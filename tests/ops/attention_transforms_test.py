@@ -70,7 +70,7 @@ def test_vmap_is_a_loop(implementation):
     loop = [tuple(x[i] for x in stacked) for i in range(3)]
     assert_close(compiled(jax.vmap(run))(*stacked), jnp.stack([run(*a) for a in loop]))
     one = lambda *a: gradients(run, a)
-    expected = jax.tree.map(lambda *g: jnp.stack(g), *[one(*a) for a in loop])
+    expected = jax.tree.map(lambda *g: jnp.stack(g), *[compiled(one)(*a) for a in loop])
     assert_close(compiled(jax.vmap(one))(*stacked), expected)
     # Over one argument and another axis; the others are shared.
     keys = jnp.stack([arrays[1], arrays[1] + 1], axis=2)
@@ -108,7 +108,7 @@ def test_recomputation_changes_nothing(implementation):
 
 
 @both
-@pytest.mark.parametrize("name", ["everything", "tiled"])
+@pytest.mark.parametrize("name", ["everything", pytest.param("tiled", marks=pytest.mark.slow)])
 def test_sharded_inputs_give_the_same(name, implementation):
     """Examples over two axes, heads over the third; the result stays where its examples are."""
     run, arrays = call(dataclasses.replace(BY_NAME[name], b=4), implementation)
@@ -151,7 +151,7 @@ def test_forward_mode_is_refused_where_it_is_not_served():
 
 
 @both
-@pytest.mark.parametrize("name", ["mask_dense", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("mask_dense", marks=pytest.mark.slow), "everything"])
 def test_second_order(name, implementation):
     """The Hessian along a direction against differences of float64 gradients."""
     run, arrays = call(name, implementation)
@@ -164,7 +164,8 @@ def test_second_order(name, implementation):
         shift = lambda sign: tuple(
             x + sign * STEP * np.asarray(v, np.float64) for x, v in zip(wide, tangents, strict=True)
         )
-        slopes = [gradients(exact, shift(sign)) for sign in (1, -1)]
+        slope = compiled(lambda a: gradients(exact, a))
+        slopes = [slope(shift(sign)) for sign in (1, -1)]
         expected = jax.tree.map(lambda a, b: np.asarray(a - b) / (2 * STEP), *slopes)
     assert_close(ours, expected, SECOND_ORDER)
 

@@ -13,45 +13,73 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnjax.ops import EMPTY_LSE, IMPLEMENTATIONS, attention
+from attnjax.ops import EMPTY_LSE, IMPLEMENTATIONS, NORMALIZERS, attention
 from attnjax.ops.bias import Bias
-from attnjax.ops.core_cases import CASES
+from attnjax.ops.cases import CASES, MASKS, Case
 from attnjax.ops.dropout import dropout_factor, dropout_seed
+from attnjax.ops.normalizer import SoftmaxFamily
 
 # Largest difference over largest entry. Float32: the scores pass through an exponential, which
 # multiplies their rounding by their size. Bfloat16: weights and results have eight bits.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
-ROUNDING = 1e-6
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float64": 1e-12}
+ROUNDING = {"float32": 1e-6, "bfloat16": 1e-6, "float64": 1e-15}
 """Of the terms that remain where they cancel, as in the gradient of a softmax of one score."""
-LARGE_LSE = 10_000 * 2.0**-24
-"""Relative error of exp(score - lse) where the log-sum-exp 10,000 is stored in float32."""
 STEP = 1e-5
 """Of central differences in float64, exact to its square."""
 
-BY_NAME = {case.name: case for case in CASES}
-HALF = (
-    "plain", "mask_dense", "mask_causal", "bias_blocked", "softcap", "extreme", "everything",
-    "normalizer_kv_bias", "normalizer_elastic", "normalizer_softpick",
+MATRIX = {
+    (mask, normalizer): Case(
+        f"{mask}_with_{normalizer}", t=9, hv=6, mask=mask, normalizer=normalizer, bias="heads",
+        softcap=3.0,
+    )
+    for mask in MASKS
+    for normalizer in NORMALIZERS
+}  # fmt: skip
+"""Every normalizer with every mask, and with a bias and a cap."""
+
+BY_NAME = {case.name: case for case in (*CASES, *MATRIX.values())}
+
+COMPILED = (
+    "one_query", "bias_blocked", "bias_buckets", "extreme", "empty_tiles", "everything",
+    *(f"extreme_{name}" for name in NORMALIZERS), *(f"one_query_{name}" for name in NORMALIZERS),
 )  # fmt: skip
+"""Cases that `chunked` compiles in the default run; `chunked_test` has others."""
+
+REPEATED = (
+    "tiled", "tiled_dropout", *(f"normalizer_{name}" for name in NORMALIZERS),
+    *(f"one_query_{name}" for name in NORMALIZERS),
+)  # fmt: skip
+"""Cases of all but `chunked` left out of the default run: large, or much like others."""
+
+HALF = ("extreme", "everything")
+"""Those of the default run in bfloat16, besides rows of the matrix."""
+
+UNLIKE = ("dense", "causal_segments", "ragged", "blocks")
+"""Masks that need programs unlike each other: any, rows and segments, empty rows, rows per head."""
+
+COMMON = ((6, 9, 4, 2), (9, 9, 4, 2), (1, 9, 4, 2))
+"""Sizes t, s, n, k that most cases have."""
+
+REFUSED = {"reference": set(), "chunked": {"normalizer"}}
+"""What of an implementation that runs everywhere may be refused; of kernels anything by name."""
 
 
-@functools.cache
-def served():
-    """The implementations that serve a plain call on this machine."""
-    names = []
-    arrays = BY_NAME["plain"].arrays()
-    for name in IMPLEMENTATIONS:
-        try:
-            attention(*arrays, implementation=name)
-        except NotImplementedError as refusal:
-            assert str(refusal).startswith(f"{name}: ")
-        else:
-            names.append(name)
-    return names
+def refusal(implementation):
+    """Why an implementation serves nothing on this machine, or None if it does."""
+    try:
+        attention(*BY_NAME["plain"].arrays(), implementation=implementation)
+    except NotImplementedError as refusal:
+        return str(refusal)
+    return None
 
 
-def test_reference_and_chunked_are_served_everywhere():
-    assert served()[:2] == ["reference", "chunked"]
+SERVED = [name for name in IMPLEMENTATIONS if refusal(name) is None]
+
+
+def test_who_serves():
+    assert SERVED[:2] == ["reference", "chunked"]
+    for name in set(IMPLEMENTATIONS) - set(SERVED):
+        assert refusal(name).startswith(f"{name}: ")
 
 
 def sigmoid(x):
@@ -140,8 +168,10 @@ def oracle(case, arrays, options, dout, dlse):
     visible = np.ones((b, n, t, s), bool)
     if "mask" in options:
         visible &= np.asarray(options["mask"].dense_bnts(t, s))
-    bias = options.get("bias", np.zeros((1, 1, 1, 1)))
-    bias = np.asarray(bias.dense(t, s) if isinstance(bias, Bias) else bias, np.float64)
+    given = options.get("bias", np.zeros((1, 1, 1, 1)))
+    if isinstance(given, Bias):
+        given = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+    bias = np.asarray(given.dense(t, s) if isinstance(given, Bias) else given, np.float64)
     bias_bnts = np.broadcast_to(bias, (b, n, t, s))
     factor = np.ones((b, n, t, s))
     if case.dropout_rate:
@@ -210,25 +240,33 @@ def oracle(case, arrays, options, dout, dlse):
                     result["query"][i, r, j] += slopes[-1] * extra_slope_t[r] * extra_key[j]
             dscores[i, j, r] = dz
             sizes = np.abs(dweights) + np.abs(dlse[i, j, r])
-            terms[i, j, r] = np.abs(weights) * (sizes + np.abs(weights) @ sizes)
+            steep = np.abs(weights)
+            if case.normalizer == "softpick":
+                # A weight is a difference of two such exponentials, and small where they cancel.
+                top = max(0, z_ts[r].max())
+                seen = np.isfinite(z_ts[r])
+                difference = np.where(seen, np.exp(z_ts[r] - top) - np.exp(-top), 0)
+                steep = np.exp(z_ts[r] - top) / (np.abs(difference).sum() + 1e-8)
+            terms[i, j, r] = steep * (sizes + np.abs(weights) @ sizes)
         draw_ts = dscores[i, j] * slope_ts
         result["query"][i, :, j] += draw_ts @ key[i, :, head]
         result["key"][i, :, head] += draw_ts.T @ query[i, :, j]
-    steepest = scale * terms.max()
+    of_query = terms.max(axis=3).swapaxes(1, 2)
+    of_key = terms.max(axis=2).reshape(b, k, n // k, s).max(axis=2).swapaxes(1, 2)
     result["terms"] = {
-        "query": steepest * np.abs(key).max(),
-        "key": steepest * np.abs(query).max(),
+        "query": scale * np.abs(key).max() * of_query[..., None],
+        "key": scale * np.abs(query).max() * of_key[..., None],
         "bias": terms.max(),
     }
-    given = options.get("bias")
     if isinstance(given, Bias):
         _, pull = jax.vjp(lambda x: x.dense(t, s), given)
         dense = dscores.sum(axis=0, keepdims=True).astype(np.float32)
         result["bias"] = jax.tree.leaves(pull(jnp.asarray(dense))[0])[0]
-    elif given is not None:
+    else:
         shape = (1,) * (4 - given.ndim) + given.shape
         axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
         result["bias"] = dscores.sum(axis=axes, keepdims=True).reshape(given.shape)
+        result["terms"]["bias"] = terms.max(axis=axes, keepdims=True).reshape(given.shape)
     return result
 
 
@@ -239,7 +277,7 @@ def problem(name, dtype):
     rng = np.random.default_rng(7)
     b, t, n, _ = arrays[0].shape
     dout = jnp.asarray(rng.standard_normal((b, t, n, case.hv)), dtype)
-    dlse = jnp.asarray(rng.standard_normal((b, n, t)), jnp.float32)
+    dlse = jnp.asarray(rng.standard_normal((b, n, t)), jnp.promote_types(dtype, jnp.float32))
     return arrays, options, dout, dlse
 
 
@@ -249,9 +287,7 @@ def expected(name, dtype):
 
 
 def has_lse(case):
-    return case.normalizer in (
-        "softmax", "softmax_one", "sink_logit", "k_bias", "kv_bias", "v_bias", "ca_bias",
-    )  # fmt: skip
+    return issubclass(NORMALIZERS[case.normalizer], SoftmaxFamily)
 
 
 def computed(name, dtype, implementation):
@@ -268,9 +304,16 @@ def computed(name, dtype, implementation):
         )  # fmt: skip
         return (result.out, result.lse) if has_lse(case) else (result, jnp.zeros_like(dlse))
 
+    def both(*inputs):
+        (out, lse), pull = jax.vjp(call, *inputs)
+        return out, lse, pull((dout, dlse))
+
+    # One primitive after the other is compiled once for many cases of equal shapes; a program of
+    # its own only pays where the shapes are rare.
+    if (case.t, case.s, case.n, case.k) not in COMMON or dtype == "float64":
+        both = jax.jit(both)
     try:
-        (out, lse), pull = jax.vjp(call, *arrays, bias)
-        gradients = pull((dout, dlse.astype(lse.dtype)))
+        out, lse, gradients = both(*arrays, bias)
     except NotImplementedError as refusal:
         check_refusal(str(refusal), implementation, case)
         return None
@@ -281,50 +324,96 @@ def computed(name, dtype, implementation):
 
 
 def check_refusal(message, implementation, case):
+    """Hold a refusal to naming something that the case uses and that may be refused.
+
+    What is not refused any more is compared from then on without a change here.
+    """
+    assert message.startswith(f"{implementation}: ")
     used = {
         "bias": case.bias is not None,
         "softcap": case.softcap is not None,
-        "normalizer": case.normalizer != "softmax",
+        "normalizer": not has_lse(case),
         "lse": has_lse(case),
         "dropout": case.dropout_rate > 0,
         "mask": case.mask is not None,
     }
-    assert message.startswith(f"{implementation}: ")
-    assert any(option in message for option, is_used in used.items() if is_used), message
+    named = {option for option, is_used in used.items() if is_used and option in message}
+    assert named & REFUSED.get(implementation, named), f"{case.name}: {message}"
 
 
-def close(found, wanted, tolerance, floor=0.0):
+def close(found, wanted, tolerance, floor, name):
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    assert np.isfinite(found).all()
+    assert found.shape == wanted.shape, name
+    assert np.isfinite(found).all(), name
     is_empty = wanted < -1e29
-    np.testing.assert_array_equal(found < -1e29, is_empty)
-    found, wanted = (np.where(is_empty, 0, x) for x in (found, wanted))
-    assert np.abs(found - wanted).max() <= max(tolerance * np.abs(wanted).max(), floor)
+    np.testing.assert_allclose(found[is_empty], EMPTY_LSE, rtol=1e-7, err_msg=name)
+    difference = np.where(is_empty, 0, np.abs(found - wanted))
+    size = np.abs(wanted[~is_empty]).max(initial=0)
+    is_close = difference <= np.maximum(tolerance * size, floor)
+    assert is_close.all(), f"{name}: {difference.max():.1e} beside {size:.1e}"
 
 
-def check(name, dtype):
-    case = BY_NAME[name]
-    wanted = expected(name, dtype)
-    for implementation in served():
-        found = computed(name, dtype, implementation)
-        if found is None:
-            assert implementation != "reference"
-            continue
-        tolerance = TOLERANCE[dtype]
-        close(found["out"], wanted["out"], tolerance)
-        if has_lse(case):
-            close(found["lse"], wanted["lse"], tolerance)
-        if case.is_extreme and implementation != "reference":
-            tolerance = max(tolerance, LARGE_LSE)  # Those recompute weights from the log-sum-exp.
-        for part in ("query", "key", "value", *(["bias"] if case.bias else [])):
-            close(found[part], wanted[part], tolerance, ROUNDING * wanted["terms"].get(part, 0))
+def check(case, dtype, implementation):
+    found = computed(case.name, dtype, implementation)
+    if found is None:
+        return
+    wanted, arrays = expected(case.name, dtype), problem(case.name, dtype)[0]
+    assert found["out"].dtype == dtype
+    parts = ["out", "query", "key", "value"]
+    parts += ["lse"] if has_lse(case) else []
+    parts += ["bias"] if case.bias else []
+    for part in parts:
+        floor = ROUNDING[dtype] * wanted["terms"].get(part, 0)
+        close(found[part], wanted[part], TOLERANCE[dtype], floor, f"{case.name}: {part}")
+    for part, array in zip(("query", "key", "value"), arrays, strict=True):
+        assert found[part].dtype == array.dtype
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_float32(name):
-    check(name, "float32")
+def pairs(names, dtype):
+    """Every implementation of every case; in the default run, what compiles slowly is sampled."""
+    result = []
+    for implementation in SERVED:
+        for name in names:
+            quick = name in COMPILED if implementation == "chunked" else name not in REPEATED
+            if dtype == "bfloat16":
+                quick = quick and name in HALF
+            marks = () if quick else pytest.mark.slow
+            result.append(pytest.param(name, implementation, marks=marks))
+    return result
 
 
-@pytest.mark.parametrize("name", HALF)
-def test_bfloat16(name):
-    check(name, "bfloat16")
+NAMES = [case.name for case in CASES]
+
+
+@pytest.mark.parametrize(("name", "implementation"), pairs(NAMES, "float32"))
+def test_float32(name, implementation):
+    check(BY_NAME[name], "float32", implementation)
+
+
+@pytest.mark.parametrize(("name", "implementation"), pairs(NAMES, "bfloat16"))
+def test_bfloat16(name, implementation):
+    check(BY_NAME[name], "bfloat16", implementation)
+
+
+def rows_of_the_matrix():
+    result = []
+    for implementation in SERVED:
+        for mask in MASKS:
+            for dtype in ("float32", "bfloat16"):
+                is_tiled = implementation != "reference"
+                quick = mask == "dense" or (mask in UNLIKE and dtype == "float32" and is_tiled)
+                marks = () if quick else pytest.mark.slow
+                result.append(pytest.param(implementation, mask, dtype, marks=marks))
+    return result
+
+
+@pytest.mark.parametrize(("implementation", "mask", "dtype"), rows_of_the_matrix())
+def test_every_normalizer_with_a_mask(implementation, mask, dtype):
+    for normalizer in NORMALIZERS:
+        check(MATRIX[mask, normalizer], dtype, implementation)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_float64_is_kept(implementation):
+    with jax.enable_x64(True):
+        check(BY_NAME["mask_dense"], "float64", implementation)

@@ -194,8 +194,14 @@ MASKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("second", MASKS)
-@pytest.mark.parametrize("first", MASKS)
+PAIRS = [
+    pytest.param(first, second, marks=() if i <= j else pytest.mark.slow)
+    for i, first in enumerate(MASKS)
+    for j, second in enumerate(MASKS)
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_algebra(first, second):
     rng = np.random.default_rng(2)
     one, two = MASKS[first](rng), MASKS[second](rng)
@@ -272,3 +278,13 @@ def test_host_work_at_131072_tokens_is_quick():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_padded_blocks_of_a_traced_map():
+    kept = np.random.default_rng(0).random((2, 3, 4)) < 0.5
+
+    def kinds(kept):
+        seen = mask.blocks(kept, 5, 6).visibility(15, 24)
+        return seen.pad(15, 24, 16, 32).block_map(16, 32, 8, 8)
+
+    np.testing.assert_array_equal(jax.jit(kinds)(kept), kinds(kept))

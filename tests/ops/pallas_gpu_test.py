@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnjax.ops import TokenMass, attention, mask, pallas_gpu
 from attnjax.ops.bias import Bias
-from attnjax.ops.core_cases import CASES
+from attnjax.ops.cases import CASES
 from attnjax.ops.normalizer import EMPTY_LSE, SoftmaxFamily
 from attnjax.ops.normalizers import SinkLogit
 from attnjax.ops.pallas_gpu import Tiles

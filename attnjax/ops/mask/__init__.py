@@ -35,6 +35,7 @@ __all__ = [
     "Slice",
     "Visibility",
     "array",
+    "as_mask",
     "block_causal_document",
     "blocks",
     "causal",
@@ -59,6 +60,11 @@ __all__ = [
 def full() -> Mask:
     """Everybody sees everything."""
     return patterns.Full()
+
+
+def as_mask(mask: Mask | Array) -> Mask:
+    """Return a mask as it is, and an array as `array` does."""
+    return mask if isinstance(mask, Mask) else array(mask)
 
 
 def causal() -> Mask:

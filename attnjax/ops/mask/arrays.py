@@ -79,6 +79,12 @@ class Dense(Mask):
         return jnp.broadcast_to(part, (*part.shape[:2], rows, columns))
 
 
+def _pad_positions(blocks, count):
+    # What is known stays known while the map is traced.
+    xp = np if isinstance(blocks, np.ndarray) else jnp
+    return xp.pad(blocks, (0, count))
+
+
 @register(("kept", "query_blocks", "key_blocks"))
 class Blocks(Mask):
     """`kept [b|1, n|1, i, j]` bool over the blocks that positions `[t]` and `[s]` belong to."""
@@ -104,8 +110,8 @@ class Blocks(Mask):
     def pad(self, t, s, to_t, to_s):
         return dataclasses.replace(
             self,
-            query_blocks=jnp.pad(self.query_blocks, (0, to_t - t)),
-            key_blocks=jnp.pad(self.key_blocks, (0, to_s - s)),
+            query_blocks=_pad_positions(self.query_blocks, to_t - t),
+            key_blocks=_pad_positions(self.key_blocks, to_s - s),
         )
 
     def tile(self, query_start, key_start, rows, columns):
