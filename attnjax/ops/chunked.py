@@ -33,17 +33,17 @@ from attnjax.ops.chunked_statistics import (
     collected_operands,
     name_statistics,
     needs_tiles,
-    tiles_to_store,
 )
 from attnjax.ops.chunked_tiles import Plan, Tiles, einsum, loop, with_scanned_gradient
 from attnjax.ops.dropout import dropout_seed
 from attnjax.ops.mask import Visibility
-from attnjax.ops.normalizer import EMPTY_LSE, Elementwise
+from attnjax.ops.normalizer import EMPTY_LSE, Elementwise, Rowwise
 
-# Scores in a tile on CPU. Above the first they fall out of the cache; below the second the loop
-# costs more than it saves. Measured on two cores with 32 MiB of L3 cache.
+# Scores in a tile on CPU, measured on two cores with 1 MiB of L2 cache each and 32 MiB of L3: above
+# the first they fall out of the cache; below the second the loop over examples costs more than it
+# saves.
 LARGE_TILE = 2**20
-SMALL_TILE = 2**17
+SMALL_TILE = 2**19
 
 
 def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
@@ -64,14 +64,18 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     b, n, t, s = call.scores_shape
     if b == 0:
         raise NotImplementedError("chunked: an empty batch is not served")
+    if isinstance(call.normalizer, Rowwise):
+        call.refuse("chunked", "normalizer")
     rule, row_btn1 = (), None
     if call.normalizer is not None:
         rule, row_btn1 = (jax.tree.structure(call.normalizer),), _row_parameter(call)
     collects = collected_names(call)
     if tiles is None:
-        tiles = choose_tiles(b, n, t, s)
-        if needs_tiles(collects, bool(rule)):
-            tiles = tiles_to_store(tiles, call.scores_shape, call.key.shape[2])
+        stores = needs_tiles(collects, bool(rule))
+        # Everything visible: few large tiles cost nothing. But bfloat16 is slow in them.
+        is_wide = call.visibility.is_full and call.query.dtype != jnp.bfloat16
+        key_heads = call.key.shape[2]
+        tiles = choose_tiles((b, n, t, s), key_heads, is_wide=is_wide, stores=stores)
     plan = Plan(
         tiles=tiles,
         scores_shape=(b, n, t, s),
@@ -94,22 +98,46 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     return AttentionOutput(out=out, lse=lse if call.return_lse else None, statistics=statistics)
 
 
-def choose_tiles(b: int, n: int, t: int, s: int) -> Tiles:
-    """Choose tile sizes for scores of shape `(b, n, t, s)`.
+def choose_tiles(
+    scores_shape: tuple[int, int, int, int],
+    key_heads: int,
+    *,
+    is_wide: bool = False,
+    stores: bool = False,
+) -> Tiles:
+    """Choose tile sizes.
 
-    On CPU a tile of scores should stay in the cache, so few examples share one, or only one per
-    device of the ambient mesh. An accelerator wants wide steps: all examples at once.
+    Args:
+      scores_shape: `(b, n, t, s)`.
+      key_heads: k.
+      is_wide: whether to prefer long stretches of keys.
+      stores: whether the tiles of a row are kept until its end.
+
+    Returns:
+      On CPU tiles that stay in the cache, so few heads share one, and few examples, or one per
+      device of the ambient mesh. An accelerator wants wide steps: all at once.
     """
-    keys = s if s <= 1024 else _even(s, 512)
-    examples, queries = b, _even(t, 256)
-    if jax.default_backend() == "cpu":
-        queries = _even(t, max(64, LARGE_TILE // (n * keys)))
-        # The ways the batch is cut divide both, whatever the other axes of the mesh are for.
-        shards = math.gcd(b, _ambient_devices())
-        for examples in range(shards, b + 1, shards):
-            if b % examples == 0 and examples // shards * n * queries * keys >= SMALL_TILE:
-                break
-    return Tiles(examples, queries, keys)
+    b, n, t, s = scores_shape
+    if jax.default_backend() != "cpu":
+        return Tiles(b, _even(t, 256), s if s <= 1024 else _even(s, 512))
+    devices, limit = _ambient_devices(), LARGE_TILE // (2 if stores else 1)
+    if is_wide:
+        longest = 2048
+    else:
+        longest = 512 if stores or n * 512 * 512 <= limit else 256
+    keys = s if s <= 640 else _even(s, longest)
+    queries, heads = _even(t, 512), key_heads
+    if devices == 1:
+        while heads > 1 and n // key_heads * heads * queries * keys > limit:
+            heads = max(x for x in range(1, heads) if key_heads % x == 0)
+    rows = n // key_heads * heads * keys
+    queries = _even(t, max(64, min(queries, limit // rows)))
+    # The ways the batch is cut divide both, whatever the other axes of the mesh are for.
+    shards = math.gcd(b, devices)
+    examples = shards
+    while b % examples or (examples // shards * rows * queries < SMALL_TILE and examples < b):
+        examples += shards
+    return Tiles(examples, queries, keys, heads)
 
 
 def _even(size: int, limit: int) -> int:
@@ -173,33 +201,34 @@ def _attend(plan, *operands):
 
 
 @with_scanned_gradient
-def forward(plan: Plan, query, key, value, bias, row, mask, seed, collected) -> tuple:
+def forward(plan: Plan, operands, collected) -> tuple:
     """Compute the output, and of every row what the other passes need.
 
     Args:
       plan: sizes and scalars.
-      query: `[b,t,n,h]`.
-      key: `[b,s,k,h]`.
-      value: `[b,s,k,hv]`.
-      bias: as in `Call`.
-      row: `[b,t,n,1]` row parameter of the normalizer, or None.
-      mask: a `TiledMask`, or None.
-      seed: of dropout, or None.
+      operands: query `[b,t,n,h]`; key `[b,s,k,h]`; value `[b,s,k,hv]`; bias as in `Call`; row
+        parameter of the normalizer `[b,t,n,1]`, or None; a `TiledMask`, or None; seed of dropout,
+        or None.
       collected: what the statistics need besides, from `collected_operands`.
 
     Returns:
-      `out [b,t,n,hv]`; the row's sums, a tuple of `[b,t,n,1]` or None: the maximum m of the
-      scores, log l, and the sum of the normalizer's terms; and the results of the `Collector`.
+      `out [b,t,n,hv]`, of an `Elementwise` normalizer in float32, which its backward pass needs;
+      the row's sums, a tuple of `[b,t,n,1]` or None: the maximum m of the scores, log l, and the
+      sum of the normalizer's terms; and the results of the `Collector`.
     """
+    query, key, value, bias, row, mask, seed = operands
     wide = jnp.promote_types(query.dtype, jnp.float32)
     collector = Collector(plan)
     by_query = jax.tree.map(plan.split_query, (query, row, collected["extra_logit"]))
     count = jnp.arange(plan.tiles.queries)
     is_row = lambda j: j * plan.tiles.queries + count < query.shape[1]
     sets_all = jax.tree.map(plan.split_key, collected["sets"])
+    normalizer = plan.normalizer
+    if normalizer is not None:
+        # Rounded weights do not sum to their denominator, and the backward pass would see that.
+        value = value.astype(wide)
     key_all, value_all = plan.split_key(key), plan.split_key(value)
     bias_all = bias if bias is None or isinstance(bias, Bias) else plan.split_scores(bias)
-    normalizer = plan.normalizer
     floor = EMPTY_LSE if normalizer is None else normalizer.floor
 
     def group_step(_, inputs):
@@ -262,7 +291,9 @@ def forward(plan: Plan, query, key, value, bias, row, mask, seed, collected) -> 
             visit = functools.partial(plan.visit, mask, u, j)
             row_sums = (top, log_total, divisor, extra_logit)
             kept, found = collector.finish(visit, kept, seen, row_sums, sets_u, is_row(j))
-            out = (sum_bkgth / divisor).astype(query.dtype)
+            out = sum_bkgth / divisor
+            if normalizer is None:
+                out = out.astype(query.dtype)
             top = None if plan.shift == "none" else top
             return kept, (out, (top, log_total, total), found)
 
@@ -279,12 +310,13 @@ def forward(plan: Plan, query, key, value, bias, row, mask, seed, collected) -> 
 
 
 def _forward(plan, *operands):
-    out, sums, collected = forward(plan, *operands)
+    out, sums, collected = forward(plan, operands[:-1], operands[-1])
     top, log_total, _ = sums
     lse = None
     if not plan.rule:
         lse = (top + log_total)[..., 0].swapaxes(1, 2)
-    return (out, lse, sums, collected), (operands[:-1], out, sums)
+    shown = out.astype(operands[0].dtype)
+    return (shown, lse, sums, collected), (operands[:-1], out, sums)
 
 
 def _backward(plan, saved, cotangents):

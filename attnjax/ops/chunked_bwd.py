@@ -40,7 +40,10 @@ def backward(plan: Plan, operands, out, sums, cotangents) -> tuple:
     """
     query, key, value, bias, row, mask, seed = operands
     dout, dlse = cotangents
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    dtype, wide = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    if plan.rule:
+        # Where weights saturate, cotangents of scores cancel: they need all of their digits.
+        query, key, value = (x.astype(wide) for x in (query, key, value))
     key_all, value_all = plan.split_key(key), plan.split_key(value)
     is_object = isinstance(bias, Bias)
     bias_all = bias if bias is None or is_object else plan.split_scores(bias)
@@ -110,7 +113,8 @@ def backward(plan: Plan, operands, out, sums, cotangents) -> tuple:
     elif bias is not None:
         dbias = plan.join_scores(dbias, bias.shape).astype(bias.dtype)
     dquery, drow = jax.tree.map(plan.join_query, by_query)
-    return dquery, plan.join_key(dkey), plan.join_key(dvalue), dbias, drow
+    dkey, dvalue = plan.join_key(dkey), plan.join_key(dvalue)
+    return *(x.astype(dtype) for x in (dquery, dkey, dvalue)), dbias, drow
 
 
 class _Rows(NamedTuple):

@@ -14,21 +14,17 @@ linear in the keys, and then summed by products with r or with the sets.
 An `Elementwise` normalizer has all of its statistics computed from kept tiles.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attnjax.ops.attention import Call
-from attnjax.ops.chunked_tiles import Plan, Tiles, einsum
+from attnjax.ops.chunked_tiles import Plan, einsum
 from attnjax.ops.normalizer import EMPTY_LSE, Elementwise
 from attnjax.ops.reference import first_token_scores
 from attnjax.ops.statistics import TokenMass, name_of
 from attnjax.typing import Array
-
-STORED_SCORES = 2**22
-"""How many weights to keep at most on CPU, if tiles of a useful size allow: half of the cache."""
 
 
 def collected_names(call: Call) -> tuple[str, ...]:
@@ -54,8 +50,8 @@ def collected_operands(call: Call) -> dict[str, Any]:
       call: the checked arguments.
 
     Returns:
-      "extra_logit" `[b,t,n,1]` or None, which joins the denominators; "sets" `[b,s,1,c]` or None,
-      the indicators of all sets of tokens.
+      "extra_logit" `[b,t,n,1]` or None, which joins the denominators; "sets" `[b,s,k,c]` or None,
+      the indicators of all sets of tokens, for every key/value head.
     """
     b, n, t, s = call.scores_shape
     wide, names = call.statistics_dtype, collected_names(call)
@@ -65,22 +61,9 @@ def collected_operands(call: Call) -> dict[str, Any]:
         found["extra_logit"] = logit.swapaxes(1, 2)[..., None]
     if "sets" in names:
         sets = [jnp.broadcast_to(x.astype(wide), (b, s)) for x in _sets(call).values()]
-        found["sets"] = jnp.stack(sets, axis=-1)[:, :, None]
+        sets_bs1c = jnp.stack(sets, axis=-1)[:, :, None]
+        found["sets"] = jnp.broadcast_to(sets_bs1c, (b, s, call.key.shape[2], len(sets)))
     return found
-
-
-def tiles_to_store(tiles: Tiles, scores_shape: tuple[int, ...], key_heads: int) -> Tiles:
-    """Make tiles smaller where all of them that a tile of queries sees have to be kept."""
-    _, n, t, s = scores_shape
-    if jax.default_backend() != "cpu":
-        return tiles
-    kept = lambda queries, heads: tiles.examples * n // key_heads * heads * queries * s
-    heads, queries = key_heads, tiles.queries
-    while kept(queries, heads) > STORED_SCORES and heads > 1:
-        heads = max(x for x in range(1, heads) if key_heads % x == 0)
-    while kept(queries, heads) > STORED_SCORES and queries > 64:
-        queries = math.ceil(queries / 2)
-    return Tiles(tiles.examples, queries, tiles.keys, heads)
 
 
 class Collector:
@@ -127,10 +110,8 @@ class Collector:
         """Take in tile m: scores and weights `[bt,kt,g,tq,ts]`, relative to `top`."""
         seen = dict(seen)
         if "moment" in seen:
-            # A sum of finished products is several times as fast as a sum that forms them.
             parts = weights * jnp.maximum(scores - top, EMPTY_LSE)
-            parts = jax.lax.optimization_barrier(parts)
-            seen["moment"] = seen["moment"] + parts.sum(axis=-1, keepdims=True)
+            seen["moment"] = seen["moment"] + row_sums(parts)
         for name, array in (("weights", weights), ("top", top)):
             if name in seen:
                 seen[name] = jax.lax.dynamic_update_index_in_dim(seen[name], array, m, 0)
@@ -144,7 +125,7 @@ class Collector:
           kept: from `begin`.
           seen: from the last `see`.
           sums: the rows' maximum, log l, divisor, and extra logit of the denominator (or None).
-          sets: `[bt,1,m*ts,c]` indicators, or None.
+          sets: `[bt,kt,m*ts,c]` indicators, or None.
           rows: bool `[tq]`, which rows are there.
 
         Returns:
@@ -194,13 +175,19 @@ class Collector:
         if sets is not None:
             state["sets"] = self.plan.full((*shape, sets.shape[-1]), 0, wide)
         if self.plan.rule:
-            starts = {"entropy": 0, "max_probability": -jnp.inf}
-            for name in self.names & starts.keys():
-                state[name] = self.plan.full((*shape, 1), starts[name], wide)
+            for name in self.names & {"entropy", "max_probability"}:
+                state[name] = self.plan.full((*shape, 1), 0, wide)
         state = visit(step, state)
         if "key_mass" in kept:
             kept["key_mass"] = state.pop("key_mass")
         return kept, found | state
+
+
+def row_sums(parts_bkgts: Array) -> Array:
+    """Sum over keys, `[bt,kt,g,tq,1]`."""
+    # As a product: XLA's sum over keys that forms its terms on the way is slow on CPU.
+    ones = jnp.ones((parts_bkgts.shape[-1],), parts_bkgts.dtype)
+    return einsum("bkgts,s->bkgt", parts_bkgts, ones)[..., None]
 
 
 def name_statistics(call: Call, plan: Plan, lse, sums, collected) -> dict[str, Array]:
@@ -213,7 +200,6 @@ def name_statistics(call: Call, plan: Plan, lse, sums, collected) -> dict[str, A
       sums: of the forward pass.
       collected: by the `Collector`: rows `[b,t,n,x]`, and "key_mass" `[u,bt,kt,g,m*ts]`.
     """
-    b, n, t, s = call.scores_shape
     by_row = {
         name: jnp.swapaxes(value, 1, 2) for name, value in collected.items() if name != "key_mass"
     }
