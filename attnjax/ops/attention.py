@@ -458,8 +458,10 @@ def _check_statistics(statistics, normalizer, b, s):
     names = [name_of(item) for item in statistics]
     if len({*names}) < len(names):
         raise ValueError(f"statistics {names} would overwrite one another: name them differently")
-    if "entropy" in names and isinstance(normalizer, Elementwise) and normalizer.is_signed:
-        raise ValueError(f"{type(normalizer).__name__} has signed weights: no entropy")
+    if isinstance(normalizer, Elementwise) and normalizer.is_signed:
+        for name in ("entropy", "max_probability"):
+            if name in names:
+                raise ValueError(f"{type(normalizer).__name__} has signed weights: no {name}")
     for item in statistics:
         if isinstance(item, TokenMass):
             item.check(b, s)

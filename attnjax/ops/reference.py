@@ -5,6 +5,8 @@ It serves every argument, is differentiable to any order in both modes, and cost
 numbers of memory. For short sequences it is also the fastest implementation.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,24 @@ def masked_scores(call: Call) -> Array:
     if not call.visibility.is_full:
         scores_bnts = jnp.where(call.visibility.dense(t, s), scores_bnts, -jnp.inf)
     return scores_bnts
+
+
+def first_token_scores(call: Call) -> Array:
+    """Return the scores `[b,n,t]` of key 0 alone, -inf where a query may not attend it."""
+    _, _, t, s = call.scores_shape
+    bias = call.bias
+    if isinstance(bias, Bias):
+        bias = bias.tile(0, 0, t, 1, t, s)
+    elif bias is not None:
+        bias = bias[..., :1]
+    first = dataclasses.replace(
+        call,
+        key=call.key[:, :1],
+        value=call.value[:, :1],
+        bias=bias,
+        visibility=call.visibility.window(0, t, 0, 1, t, s),
+    )
+    return masked_scores(first)[..., 0]
 
 
 def elementwise(call: Call, scores_bnts: Array) -> Array:

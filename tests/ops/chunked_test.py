@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnjax.ops import TokenMass, attention, chunked, mask
+from attnjax.ops import NORMALIZERS, TokenMass, attention, chunked, mask
 from attnjax.ops.bias import Bias
+from attnjax.ops.cases import draw_normalizer
 from attnjax.ops.chunked import Tiles
+from attnjax.ops.normalizer import Elementwise
 
 # Float32 sums of a few dozen terms in another order; bfloat16 has eight bits.
 TOLERANCE = 2e-5
@@ -20,7 +22,13 @@ LENGTH = 52
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(chunked, "choose_tiles", lambda b, n, t, s: Tiles(1, 16, 24))
+    monkeypatch.setattr(chunked, "choose_tiles", lambda *_, **__: Tiles(1, 16, 24))
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Tiles of one head each."""
+    monkeypatch.setattr(chunked, "choose_tiles", lambda *_, **__: Tiles(1, 16, 24, 1))
 
 
 def arrays(dtype="float32", b=2, t=LENGTH, s=LENGTH, n=4, k=2, h=16, hv=8):
@@ -67,6 +75,10 @@ MASKS = {
 }
 
 
+MASSES = ("key_mass", "first_token_mass", TokenMass(np.arange(LENGTH)[None] % 5 == 0, "fifths"))
+STATISTICS = (*MASSES, "entropy", "max_probability")
+
+
 def compare(options, inputs, tolerance):
     """Outputs and gradients of both implementations, through out and lse."""
 
@@ -108,6 +120,49 @@ def test_bias_object_gets_its_gradient(small_tiles):
     compare({"mask": mask.causal()}, inputs, TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["segments", "dead tile", "heads", "blocks", "predicate"])
+def test_groups_of_heads(small_groups, name):
+    inputs = dict(zip(("query", "key", "value"), arrays(), strict=True))
+    bias = np.random.default_rng(2).standard_normal((1, 4, LENGTH, LENGTH))
+    inputs["bias"] = jnp.asarray(bias, jnp.float32)
+    options = dict(softcap=3.0, dropout_rate=0.3, dropout_key=jax.random.key(5))
+    compare({"mask": MASKS[name], **options}, inputs, TOLERANCE)
+
+
+def test_groups_of_heads_with_a_bias_object(small_groups):
+    inputs = dict(zip(("query", "key", "value"), arrays(), strict=True))
+    inputs["bias"] = Slope(jnp.asarray([0.5, 0.1, 0.0, 0.3]))
+    compare({"mask": mask.causal()}, inputs, TOLERANCE)
+
+
+ELEMENTWISE = [name for name, made in NORMALIZERS.items() if issubclass(made, Elementwise)]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_normalizers_over_tiles(small_groups, name):
+    """Output, every gradient, and the statistics of what they call probabilities."""
+    query, key, value = arrays()
+    normalizer = draw_normalizer(name, np.random.default_rng(3), 4, 16, 8)
+    statistics = MASSES if normalizer.is_signed else STATISTICS
+    options = dict(mask=MASKS["dead tile"], softcap=2.0, statistics=statistics)
+
+    def run(implementation):
+        def loss(query, key, value, normalizer):
+            found = attention(
+                query, key, value, normalizer=normalizer, implementation=implementation, **options
+            )
+            weight = jnp.cos(jnp.arange(found.out.size, dtype=jnp.float32))
+            return (found.out.ravel() * weight).sum(), (found.out, found.statistics)
+
+        step = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+        return jax.jit(step)(query, key, value, normalizer)
+
+    expected, found = run("reference"), run("chunked")
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        size = max(1.0, np.abs(a).max(initial=0))
+        np.testing.assert_allclose(b / size, a / size, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(("t", "s"), [(1, 40), (40, 1), (1, 1), (33, 70)])
 def test_lengths(small_tiles, t, s):
     inputs = dict(zip(("query", "key", "value"), arrays(t=t, s=s), strict=True))
@@ -128,14 +183,10 @@ def test_large_scores(small_tiles, size):
     np.testing.assert_allclose(out, expected, atol=1e-3)
 
 
-STATISTICS = (
-    "key_mass", "entropy", "max_probability", "first_token_mass",
-    TokenMass(np.arange(LENGTH)[None] % 5 == 0, "fifths"),
-)  # fmt: skip
-
-
+@pytest.mark.parametrize("heads", [None, 1])
 @pytest.mark.parametrize("name", ["none", "documents", "dead tile", "ragged"])
-def test_statistics_equal_explicit_probabilities(small_tiles, name):
+def test_statistics_equal_explicit_probabilities(monkeypatch, name, heads):
+    monkeypatch.setattr(chunked, "choose_tiles", lambda *_, **__: Tiles(1, 16, 24, heads))
     query, key, value = arrays()
     options = dict(mask=MASKS[name], statistics=STATISTICS, softcap=4.0)
     expected, found = (
@@ -145,6 +196,43 @@ def test_statistics_equal_explicit_probabilities(small_tiles, name):
     assert set(found) == {"key_mass", "entropy", "max_probability", "first_token_mass", "fifths"}
     for key_, value_ in expected.items():
         np.testing.assert_allclose(found[key_], value_, atol=1e-5, err_msg=key_)
+
+
+@pytest.mark.slow
+def test_statistics_at_full_context_length():
+    """65,536 tokens: 17 GB of weights in float32, of which nothing is held.
+
+    Rows are checked against the definition, and what all keys receive against what all rows give.
+    """
+    t = 2**16
+    query, key, value = arrays(b=1, t=t, s=t, n=1, k=1)
+    tokens = np.arange(t)[None] % 5 == 0
+    statistics = [TokenMass(tokens, "fifths") if x is MASSES[2] else x for x in STATISTICS]
+    run = jax.jit(
+        lambda *x: (
+            attention(
+                *x, mask=mask.causal(), statistics=statistics, implementation="chunked"
+            ).statistics
+        )
+    )
+    memory = run.lower(query, key, value).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**28
+    found = run(query, key, value)
+    rows = np.array([0, 1, 511, 512, 40_000, t - 1])
+    scores = np.asarray(query[0, rows, 0], np.float64) @ np.asarray(key[0, :, 0], np.float64).T / 4
+    weights = np.exp(scores) * (np.arange(t) <= rows[:, None])
+    weights /= weights.sum(axis=1, keepdims=True)
+    wanted = {
+        "entropy": -(weights * np.log(np.where(weights > 0, weights, 1))).sum(axis=1),
+        "max_probability": weights.max(axis=1),
+        "first_token_mass": weights[:, 0],
+        "fifths": weights @ tokens[0],
+    }
+    for name, value_ in wanted.items():
+        np.testing.assert_allclose(found[name][0, 0, rows], value_, rtol=1e-5, err_msg=name)
+    given, received = (np.asarray(x, np.float64) for x in (found["fifths"], found["key_mass"]))
+    np.testing.assert_allclose(received.sum(), t, rtol=1e-5)
+    np.testing.assert_allclose((received * tokens).sum(), given.sum(), rtol=1e-5)
 
 
 def visited(made, t=256, tile=32):

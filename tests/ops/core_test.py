@@ -60,7 +60,7 @@ UNLIKE = ("dense", "causal_segments", "ragged", "blocks")
 COMMON = ((6, 9, 4, 2), (9, 9, 4, 2), (1, 9, 4, 2))
 """Sizes t, s, n, k that most cases have."""
 
-REFUSED = {"reference": set(), "chunked": {"normalizer"}}
+REFUSED = {"reference": set(), "chunked": {"normalizer Grouped"}}
 """What of an implementation that runs everywhere may be refused; of kernels anything by name."""
 
 
@@ -337,6 +337,8 @@ def check_refusal(message, implementation, case):
         "dropout": case.dropout_rate > 0,
         "mask": case.mask is not None,
     }
+    if case.normalizer == "grouped":
+        used["normalizer Grouped"] = True
     named = {option for option, is_used in used.items() if is_used and option in message}
     assert named & REFUSED.get(implementation, named), f"{case.name}: {message}"
 
