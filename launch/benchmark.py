@@ -3,6 +3,7 @@
 or --suite=training --config=FILE [--peer=timm]
 
 attention: implementations and installed peers in turns; results.csv (resumable) and results.png.
+With --tune: tile sizes of our implementations in turns; tuning.json, see attnjax/ops/tuning.py.
 training: a recipe's step and forward pass, its data pipeline, and a peer in turns.
 Progress goes to stderr, a table to stdout.
 """
@@ -25,6 +26,7 @@ PEER = flags.DEFINE_string("peer", "", "training: also measure the model in this
 DATA = flags.DEFINE_bool("data", True, "training: also measure the data pipeline alone.")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "Time for each comparison.")
 OUT = flags.DEFINE_string("out", "", "attention: folder; training: JSON-lines file to append to.")
+TUNE = flags.DEFINE_bool("tune", False, "attention: find the fastest tiles instead.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "attention: list the cells, measure nothing.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
 
@@ -50,14 +52,33 @@ def attention() -> None:
         print("\n".join(suite.cell(name, case) for case, names in cases for name in names))
         return
     if not OUT.value:
-        raise RecipeError("--out is missing: the folder for results.csv and results.png")
+        raise RecipeError("--out is missing: the folder for the files of results")
     folder = pathlib.Path(OUT.value)
+    if TUNE.value:
+        return tune(cases, folder)
     table = _writable(str(folder / "results.csv"))
     command.start_devices("", 0, -1, CPU_DEVICES.value)
     say = lambda line: print(line, file=sys.stderr, flush=True)
     rows = suite.run(cases, table, budget=SECONDS.value, say=say)
     draw_attention(rows, folder / "results.png")
     print(suite.render(rows))
+
+
+def tune(cases: list, folder: pathlib.Path) -> None:
+    """Measure tile sizes and write the table."""
+    from attnjax.benchmarks import tune as tuner
+
+    table = _writable(str(folder / "tuning.json"))
+    command.start_devices("", 0, -1, CPU_DEVICES.value)
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    try:
+        rows = tuner.tune(cases, table, budget=SECONDS.value, say=say)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if not rows:
+        raise RecipeError("no cell of an implementation with tiles: see --only and --shapes")
+    print(tuner.render(rows))
+    print(f"{table}: use it with ATTNJAX_TUNING={table}, or attention(..., tuning=load(...))")
 
 
 def training() -> None:
