@@ -42,6 +42,7 @@ def main() -> None:
 def attention() -> None:
     """Run the attention suite."""
     from attnjax.benchmarks import attention as suite
+    from attnjax.benchmarks import tune as tuner
     from attnjax.benchmarks.figures import draw_attention
 
     try:
@@ -54,31 +55,15 @@ def attention() -> None:
     if not OUT.value:
         raise RecipeError("--out is missing: the folder for the files of results")
     folder = pathlib.Path(OUT.value)
-    if TUNE.value:
-        return tune(cases, folder)
-    table = _writable(str(folder / "results.csv"))
+    table = _writable(str(folder / ("tuning.json" if TUNE.value else "results.csv")))
     command.start_devices("", 0, -1, CPU_DEVICES.value)
     say = lambda line: print(line, file=sys.stderr, flush=True)
+    if TUNE.value:
+        print(tuner.render(tuner.tune(cases, table, budget=SECONDS.value, say=say), table))
+        return
     rows = suite.run(cases, table, budget=SECONDS.value, say=say)
     draw_attention(rows, folder / "results.png")
     print(suite.render(rows))
-
-
-def tune(cases: list, folder: pathlib.Path) -> None:
-    """Measure tile sizes and write the table."""
-    from attnjax.benchmarks import tune as tuner
-
-    table = _writable(str(folder / "tuning.json"))
-    command.start_devices("", 0, -1, CPU_DEVICES.value)
-    say = lambda line: print(line, file=sys.stderr, flush=True)
-    try:
-        rows = tuner.tune(cases, table, budget=SECONDS.value, say=say)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    if not rows:
-        raise RecipeError("no cell of an implementation with tiles: see --only and --shapes")
-    print(tuner.render(rows))
-    print(f"{table}: use it with ATTNJAX_TUNING={table}, or attention(..., tuning=load(...))")
 
 
 def training() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from attnjax.benchmarks.contestants import MASKS, Case
+from attnjax.errors import RecipeError
 from attnjax.ops import attention
 from attnjax.ops.tuning import TILES, Entry, Tuning, device_name, load, save
 from attnjax.timing import alternate
@@ -41,7 +42,7 @@ def candidates(implementation: str, case: Case) -> list[dict[str, Any]]:
             for queries in (256, 512, 1024)
             for keys in (256, 512, 1024, 2048)
             for count in heads
-            if 2**18 <= queries * keys * count * (case.n // case.k) <= 2**21
+            if 2**19 <= queries * keys * count * (case.n // case.k) <= 2**20
         ]
     elif implementation == "pallas_tpu":
         found = [
@@ -83,8 +84,14 @@ def tune(
     Returns:
       For each case its name, the milliseconds of the rule and of the best, and the best tiles
       (empty where the rule is best).
+
+    Raises:
+      RecipeError: the file holds something else, or no case has anything to tune.
     """
-    table = load(path) if path.exists() and path.stat().st_size else Tuning()
+    try:
+        table = load(path) if path.exists() and path.stat().st_size else Tuning()
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     rows = []
     for case, names in cases:
         if case.mask not in KINDS or case.direction != "both":
@@ -103,7 +110,8 @@ def tune(
             save(table, path)
             rows.append((label, rule, best, {} if entry is None else dict(entry.tiles)))
             say(f"{label}: rule {rule:.2f} ms, best {best:.2f} ms")
-    save(table, path)
+    if not rows:
+        raise RecipeError(f"nothing to tune: no case of {list(TILES)} that this device serves")
     return rows
 
 
@@ -150,10 +158,11 @@ def _compiled(implementation, case, tuning, arrays):
     return lambda: jax.block_until_ready(compiled(*arrays))
 
 
-def render(rows: Sequence[tuple[str, float, float, dict[str, Any]]]) -> str:
-    """Return a text table of what `tune` returned."""
-    width = max([len(row[0]) for row in rows] + [4])
+def render(rows: Sequence[tuple[str, float, float, dict[str, Any]]], path: pathlib.Path) -> str:
+    """Return a text table of what `tune` returned, and how to use the file."""
+    width = max(len(row[0]) for row in rows)
     lines = [f"{'ms':{width}}{'rule':>12}{'best':>12}  tiles"]
     for label, rule, best, tiles in rows:
         lines.append(f"{label:{width}}{rule:12.2f}{best:12.2f}  {tiles or 'those of the rule'}")
+    lines.append(f"Use it: ATTNJAX_TUNING={path}, or attention(..., tuning=tuning.load(path)).")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ import pytest
 
 from attnjax.benchmarks import tune
 from attnjax.benchmarks.contestants import Case
+from attnjax.errors import RecipeError
 from attnjax.ops import tuning
 from attnjax.timing import Timing
 
@@ -42,7 +43,8 @@ def test_what_beats_the_rule_is_written(few, tmp_path, monkeypatch):
     (entry,) = tuning.load(path).entries
     assert dict(entry.tiles) == SMALL[1] and entry.milliseconds == 1.0
     assert not entry.is_full and len(lines) == 1
-    assert "queries" in tune.render(rows)
+    text = tune.render(rows, path)
+    assert "queries" in text and f"ATTNJAX_TUNING={path}" in text
     monkeypatch.setattr(tune, "alternate", fixed([2e-3, 2.1e-3, 1.99e-3]))
     rows = tune.tune([(TINY, ["chunked"])], path)
     assert rows[0][3] == {}
@@ -55,9 +57,18 @@ def test_refusals_and_other_cells_are_left_out(few, tmp_path):
     forward = Case("causal", "float32", 1, 32, 2, 2, 8, "forward")
     window = Case("window", "float32", 1, 32, 2, 2, 8, "both")
     cases = [(forward, ["chunked"]), (window, ["chunked"]), (TINY, ["pallas_tpu", "reference"])]
-    assert tune.tune(cases, path, say=lines.append) == []
+    with pytest.raises(RecipeError, match="nothing to tune"):
+        tune.tune(cases, path, say=lines.append)
     assert len(lines) == 1 and "pallas_tpu" in lines[0] and "refused" in lines[0]
-    assert tuning.load(path) == tuning.Tuning()
+    assert not path.exists()
+
+
+def test_another_file_is_left_alone(few, tmp_path):
+    path = tmp_path / "tuning.json"
+    path.write_text("{}")
+    with pytest.raises(RecipeError, match="no table of tiles"):
+        tune.tune([(TINY, ["chunked"])], path)
+    assert path.read_text() == "{}"
 
 
 def test_real_times(few, tmp_path):
