@@ -3,6 +3,7 @@
 or --suite=training --config=FILE [--peer=timm]
 
 attention: implementations and installed peers in turns; results.csv (resumable) and results.png.
+With --tune: tile sizes of our implementations in turns; tuning.json, see attnjax/ops/tuning.py.
 training: a recipe's step and forward pass, its data pipeline, and a peer in turns.
 Progress goes to stderr, a table to stdout.
 """
@@ -25,6 +26,7 @@ PEER = flags.DEFINE_string("peer", "", "training: also measure the model in this
 DATA = flags.DEFINE_bool("data", True, "training: also measure the data pipeline alone.")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "Time for each comparison.")
 OUT = flags.DEFINE_string("out", "", "attention: folder; training: JSON-lines file to append to.")
+TUNE = flags.DEFINE_bool("tune", False, "attention: find the fastest tiles instead.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "attention: list the cells, measure nothing.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
 
@@ -40,6 +42,7 @@ def main() -> None:
 def attention() -> None:
     """Run the attention suite."""
     from attnjax.benchmarks import attention as suite
+    from attnjax.benchmarks import tune as tuner
     from attnjax.benchmarks.figures import draw_attention
 
     try:
@@ -50,11 +53,14 @@ def attention() -> None:
         print("\n".join(suite.cell(name, case) for case, names in cases for name in names))
         return
     if not OUT.value:
-        raise RecipeError("--out is missing: the folder for results.csv and results.png")
+        raise RecipeError("--out is missing: the folder for the files of results")
     folder = pathlib.Path(OUT.value)
-    table = _writable(str(folder / "results.csv"))
+    table = _writable(str(folder / ("tuning.json" if TUNE.value else "results.csv")))
     command.start_devices("", 0, -1, CPU_DEVICES.value)
     say = lambda line: print(line, file=sys.stderr, flush=True)
+    if TUNE.value:
+        print(tuner.render(tuner.tune(cases, table, budget=SECONDS.value, say=say), table))
+        return
     rows = suite.run(cases, table, budget=SECONDS.value, say=say)
     draw_attention(rows, folder / "results.png")
     print(suite.render(rows))

@@ -28,6 +28,7 @@ from attnjax.ops.mask import Mask, Visibility
 from attnjax.ops.normalizer import EMPTY_LSE, Elementwise, Normalizer, Rowwise, SoftmaxFamily
 from attnjax.ops.normalizers import NORMALIZERS
 from attnjax.ops.statistics import STATISTICS, TokenMass, name_of
+from attnjax.ops.tuning import DEFAULT, Tuning
 from attnjax.typing import Array, PRNGKey
 
 __all__ = ["EMPTY_LSE", "IMPLEMENTATIONS", "AttentionOutput", "Call", "attention"]
@@ -89,6 +90,7 @@ class Call:
         them, or None; knows of extra terms of the softmax, which are not applied again.
       dropout_rate: in [0, 1).
       dropout_key: typed key; None exactly when the rate is 0.
+      tuning: where implementations look for measured tile sizes.
     """
 
     query: Array
@@ -107,6 +109,7 @@ class Call:
     edit: Callable[[Array, Array | None], Array] | None
     dropout_rate: float
     dropout_key: PRNGKey | None
+    tuning: Tuning = DEFAULT
 
     @property
     def scores_shape(self) -> tuple[int, int, int, int]:
@@ -167,6 +170,7 @@ def attention(
     edit: Callable[[Array], Array] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
+    tuning: Tuning | None = None,
 ) -> Array | AttentionOutput:
     """Attend every query to the keys it may see and average their values.
 
@@ -200,6 +204,7 @@ def attention(
       dropout_rate: probability of dropping a weight, in [0, 1). Which weights are dropped is a
         function of the key and the position alone, so all implementations that serve it agree.
       dropout_key: typed key, needed when the rate is not 0.
+      tuning: measured tile sizes, see `attnjax.ops.tuning`; its `DEFAULT` if None.
 
     Returns:
       `out [b,t,n,hv]` in the dtype of the query, or an `AttentionOutput` if anything else is asked
@@ -248,6 +253,7 @@ def attention(
         edit=_finished_edit(edit, finish),
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        tuning=DEFAULT if tuning is None else tuning,
     )
     if implementation is None:
         output = _first_served(automatic_order(call), call)

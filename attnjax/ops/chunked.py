@@ -20,6 +20,7 @@ pass: `implementation="reference"` serves it.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -75,7 +76,8 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
         # Everything visible: few large tiles cost nothing. But bfloat16 is slow in them.
         is_wide = call.visibility.is_full and call.query.dtype != jnp.bfloat16
         key_heads = call.key.shape[2]
-        tiles = choose_tiles((b, n, t, s), key_heads, is_wide=is_wide, stores=stores)
+        found = None if stores else call.tuning.find("chunked", call)
+        tiles = choose_tiles((b, n, t, s), key_heads, is_wide=is_wide, stores=stores, found=found)
     plan = Plan(
         tiles=tiles,
         scores_shape=(b, n, t, s),
@@ -104,6 +106,7 @@ def choose_tiles(
     *,
     is_wide: bool = False,
     stores: bool = False,
+    found: Mapping[str, int] | None = None,
 ) -> Tiles:
     """Choose tile sizes.
 
@@ -112,15 +115,36 @@ def choose_tiles(
       key_heads: k.
       is_wide: whether to prefer long stretches of keys.
       stores: whether the tiles of a row are kept until its end.
+      found: limits of queries and keys, and number of heads, that were measured to be best.
 
     Returns:
       On CPU tiles that stay in the cache, so few heads share one, and few examples, or one per
       device of the ambient mesh. An accelerator wants wide steps: all at once.
     """
     b, n, t, s = scores_shape
-    if jax.default_backend() != "cpu":
-        return Tiles(b, _even(t, 256), s if s <= 1024 else _even(s, 512))
-    devices, limit = _ambient_devices(), LARGE_TILE // (2 if stores else 1)
+    is_cpu, devices = jax.default_backend() == "cpu", _ambient_devices()
+    if found is not None:
+        queries, keys = _even(t, found["queries"]), _even(s, found["keys"])
+        heads = found["heads"] if is_cpu and devices == 1 else key_heads
+    elif is_cpu:
+        queries, keys, heads = _tiles_in_cache(scores_shape, key_heads, devices, is_wide, stores)
+    else:
+        queries, keys, heads = _even(t, 256), s if s <= 1024 else _even(s, 512), key_heads
+    if not is_cpu:
+        return Tiles(b, queries, keys, heads)
+    rows = n // key_heads * heads * keys
+    # The ways the batch is cut divide both, whatever the other axes of the mesh are for.
+    shards = math.gcd(b, devices)
+    examples = shards
+    while b % examples or (examples // shards * rows * queries < SMALL_TILE and examples < b):
+        examples += shards
+    return Tiles(examples, queries, keys, heads)
+
+
+def _tiles_in_cache(scores_shape, key_heads, devices, is_wide, stores):
+    """Return queries, keys and heads of a tile that stays in a CPU's cache."""
+    _, n, t, s = scores_shape
+    limit = LARGE_TILE // (2 if stores else 1)
     if is_wide:
         longest = 2048
     else:
@@ -131,13 +155,7 @@ def choose_tiles(
         while heads > 1 and n // key_heads * heads * queries * keys > limit:
             heads = max(x for x in range(1, heads) if key_heads % x == 0)
     rows = n // key_heads * heads * keys
-    queries = _even(t, max(64, min(queries, limit // rows)))
-    # The ways the batch is cut divide both, whatever the other axes of the mesh are for.
-    shards = math.gcd(b, devices)
-    examples = shards
-    while b % examples or (examples // shards * rows * queries < SMALL_TILE and examples < b):
-        examples += shards
-    return Tiles(examples, queries, keys, heads)
+    return _even(t, max(64, min(queries, limit // rows))), keys, heads
 
 
 def _even(size: int, limit: int) -> int:

@@ -21,6 +21,7 @@ Pallas's emulation on CPU and lower them for CUDA; by hand, Triton 3.8 compiled 
 for compute capability 8.0, 8.6, 9.0 and 10.0.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -102,13 +103,17 @@ def _arrays(call):
 
 
 def choose_tiles(call: Call) -> Tiles:
-    """Choose tiles for a call.
+    """Choose tiles for a call: those of its tuning table, or by a rule.
 
     Chosen with the compiler, not with a clock: with these, kernels for compute capability 8.0 and
     9.0 hardly spill registers, and fit the 99 KiB of shared memory that all GPUs since Ampere have
     (on Hopper, with its 227 KiB, some take more).
     """
     _, _, t, s = call.scores_shape
+    fit = lambda tile: (min(tile[0], padded(t)), min(tile[1], padded(s)))
+    if (found := call.tuning.find("pallas_gpu", call)) is not None:
+        tiles = Tiles(**found)
+        return dataclasses.replace(tiles, forward=fit(tiles.forward), backward=fit(tiles.backward))
     widest = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
     if call.query.dtype.itemsize == 4:
         chosen = ((64, 32), (32, 32), 8, 8) if widest <= 128 else ((32, 16), (16, 16), 8, 8)
@@ -119,10 +124,7 @@ def choose_tiles(call: Call) -> Tiles:
     else:
         chosen = ((64, 32), (32, 32), 8, 8)
     forward, backward, *warps = chosen
-    forward, backward = (
-        (min(tile[0], padded(t)), min(tile[1], padded(s))) for tile in (forward, backward)
-    )
-    return Tiles(forward, backward, *warps)
+    return Tiles(fit(forward), fit(backward), *warps)
 
 
 def _make_plan(call, tiles, interpret):

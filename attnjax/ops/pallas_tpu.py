@@ -109,7 +109,9 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     shape = (t, s, call.query.shape[3], call.value.shape[3])
     if tiles is None:
         bias = 0 if call.bias is None else call.bias.dtype.itemsize
-        tiles = choose_tiles(shape, dtype, chip, extra=bias + (call.visibility.rest is not None))
+        extra = bias + (call.visibility.rest is not None)
+        found = call.tuning.find("pallas_tpu", call)
+        tiles = choose_tiles(shape, dtype, chip, extra=extra, found=found)
     plan = Plan(
         tiles=tiles,
         shape=shape,

@@ -143,7 +143,12 @@ def _divisor(size: int) -> int:
 
 
 def choose_tiles(
-    shape: tuple[int, int, int, int], dtype: Any, chip: Chip, *, extra: int = 0
+    shape: tuple[int, int, int, int],
+    dtype: Any,
+    chip: Chip,
+    *,
+    extra: int = 0,
+    found: Mapping[str, int] | None = None,
 ) -> Tiles:
     """Choose tile sizes.
 
@@ -152,6 +157,7 @@ def choose_tiles(
       dtype: of query, key and value.
       chip: the chip.
       extra: bytes that every score of a tile takes in further inputs, such as a bias.
+      found: queries and keys of a tile that were measured to be best, multiples of 128.
     """
     t, s, h, hv = shape
     width = padded(h) + padded(hv)
@@ -167,6 +173,8 @@ def choose_tiles(
     while limit > LANES and need(limit, limit) > budget:
         limit //= 2
     queries, keys = _even(t, limit), _even(s, limit)
+    if found is not None and need(found["queries"], found["keys"]) <= budget:
+        queries, keys = min(found["queries"], padded(t)), min(found["keys"], padded(s))
     left = max(chip.vmem * 3 // 4 - need(queries, keys), 0)
     per_key = width * (4 + 2 * size)
     resident = max(left // (per_key * keys), 1)

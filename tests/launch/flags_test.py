@@ -17,7 +17,7 @@ FLAGS = {
                 "allow_torch_pickle"},
     "compile": {"config", "topology", "batch", "json"},
     "benchmark": {"config", "suite", "shapes", "only", "peer", "data", "seconds", "out", "dry_run",
-                  "cpu_devices"},
+                  "cpu_devices", "tune"},
     "claims": {"system", "seeds", "out"},
     "systems": {"json", "readme"},
 }  # fmt: skip
