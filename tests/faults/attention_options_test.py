@@ -178,5 +178,6 @@ def test_options_change_the_answer():
 
 def test_every_argument_is_among_them():
     given = {key for _, options in CALLS.values() for key in options}
-    names = set(attention.__kwdefaults__) - {"implementation"}
+    # A table of tiles changes nothing but time: `tests/ops/tuning_test.py`.
+    names = set(attention.__kwdefaults__) - {"implementation", "tuning"}
     assert given == names
