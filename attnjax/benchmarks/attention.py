@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from attnjax.benchmarks.contestants import CONTESTANTS, MASKS, Case, Torch
+from attnjax.benchmarks.contestants import CONTESTANTS, MASKS, Case, Torch, with_backward
 from attnjax.timing import Timing, alternate
 
 # b, t, n, k, h
@@ -173,15 +173,10 @@ def _compile(name, case, arrays, row):
     """Compile a contestant; return a function that runs it once and returns the seconds."""
     *inputs, cotangent = arrays
     attend = CONTESTANTS[name](case)
-
-    def both(q, k, v, g):
-        out, pull = jax.vjp(attend, q, k, v)
-        return out, pull(g.astype(out.dtype))
-
     arguments = (*inputs, cotangent) if case.direction == "both" else tuple(inputs)
     begun = time.perf_counter()
     try:
-        function = jax.jit(both if case.direction == "both" else attend)
+        function = jax.jit(with_backward(attend) if case.direction == "both" else attend)
         compiled = function.lower(*arguments).compile()
     except ExceptionGroup as group:
         raise NotImplementedError("; ".join(str(e) for e in group.exceptions)) from group

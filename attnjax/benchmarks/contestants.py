@@ -76,6 +76,16 @@ class Case:
 Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+def with_backward(attend: Function) -> Callable[..., Any]:
+    """Return a function of query, key, value and cotangent: the output and the gradients."""
+
+    def both(query, key, value, cotangent):
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(cotangent.astype(out.dtype))
+
+    return both
+
+
 def ours(implementation: str) -> Callable[[Case], Function]:
     """Return the contestant of one of our implementations."""
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from attnjax.benchmarks.contestants import MASKS, Case
+from attnjax.benchmarks.attention import cell
+from attnjax.benchmarks.contestants import MASKS, Case, with_backward
 from attnjax.errors import RecipeError
 from attnjax.ops import attention
 from attnjax.ops.tuning import TILES, Entry, Tuning, device_name, load, save
@@ -99,7 +100,7 @@ def tune(
         for name in names:
             if name not in TILES:
                 continue
-            label = f"{name}/{case.mask}/{case.dtype}/{case.b}x{case.t}x{case.n}x{case.k}x{case.h}"
+            label = cell(name, case).rpartition("/")[0]
             try:
                 rule, best, entry = measure(name, case, budget)
             except NotImplementedError as refusal:
@@ -149,12 +150,7 @@ def measure(implementation: str, case: Case, budget: float) -> tuple[float, floa
 def _compiled(implementation, case, tuning, arrays):
     seen = MASKS[case.mask](case.t)
     attend = functools.partial(attention, mask=seen, implementation=implementation, tuning=tuning)
-
-    def both(query, key, value, cotangent):
-        out, pull = jax.vjp(attend, query, key, value)
-        return out, pull(cotangent)
-
-    compiled = jax.jit(both).lower(*arrays).compile()
+    compiled = jax.jit(with_backward(attend)).lower(*arrays).compile()
     return lambda: jax.block_until_ready(compiled(*arrays))
 
 

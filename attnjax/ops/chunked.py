@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,8 @@ from attnjax.ops.chunked_statistics import (
 from attnjax.ops.chunked_tiles import Plan, Tiles, einsum, loop, with_scanned_gradient
 from attnjax.ops.dropout import dropout_seed
 from attnjax.ops.mask import Visibility
-from attnjax.ops.normalizer import EMPTY_LSE, Elementwise, Rowwise
+from attnjax.ops.normalizer import EMPTY_LSE, Elementwise
+from attnjax.ops.partition import vary_alike
 
 # Scores in a tile on CPU, measured on two cores with 1 MiB of L2 cache each and 32 MiB of L3: above
 # the first they fall out of the cache; below the second the loop over examples costs more than it
@@ -62,11 +62,9 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
       NotImplementedError: the call asks for something that needs whole rows at once.
     """
     call.refuse("chunked", "return_probabilities", "return_scores", "edit")
-    b, n, t, s = call.scores_shape
+    (b, n, t, s), key_heads = call.scores_shape, call.key.shape[2]
     if b == 0:
         raise NotImplementedError("chunked: an empty batch is not served")
-    if isinstance(call.normalizer, Rowwise):
-        call.refuse("chunked", "normalizer")
     rule, row_btn1 = (), None
     if call.normalizer is not None:
         rule, row_btn1 = (jax.tree.structure(call.normalizer),), _row_parameter(call)
@@ -75,13 +73,12 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
         stores = needs_tiles(collects, bool(rule))
         # Everything visible: few large tiles cost nothing. But bfloat16 is slow in them.
         is_wide = call.visibility.is_full and call.query.dtype != jnp.bfloat16
-        key_heads = call.key.shape[2]
         found = None if stores else call.tuning.find("chunked", call)
         tiles = choose_tiles((b, n, t, s), key_heads, is_wide=is_wide, stores=stores, found=found)
     plan = Plan(
         tiles=tiles,
         scores_shape=(b, n, t, s),
-        key_heads=call.key.shape[2],
+        key_heads=key_heads,
         scale=call.scale,
         softcap=call.softcap,
         dropout_rate=call.dropout_rate,
@@ -91,7 +88,7 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     seed = dropout_seed(call.dropout_key) if call.dropout_rate else None
     mask = plan.prepare_mask(call.visibility)
     operands = (call.query, call.key, call.value, call.bias, row_btn1, mask, seed)
-    varying, operands = _vary_alike((*operands, collected_operands(call)))
+    varying, operands = vary_alike((*operands, collected_operands(call)))
     plan = dataclasses.replace(plan, varying=varying)
     out, lse, sums, collected = _attend_jit(plan, *operands)
     statistics = {}
@@ -195,22 +192,6 @@ def _visible_keys(visibility: Visibility, t: int, s: int):
     )
     counts = jnp.einsum("jbnt->bnjt", parts)
     return counts.reshape(*counts.shape[:2], -1)[..., :t]
-
-
-def _vary_alike(operands: Any) -> tuple[tuple[str, ...], Any]:
-    """Let all arrays vary over the axes of an enclosing `shard_map` over which any of them does.
-
-    Returns:
-      These axes, and the arrays.
-    """
-    axes = lambda x: jax.typeof(x).manual_axis_type.varying
-    union = frozenset().union(*(axes(x) for x in jax.tree.leaves(operands)))
-
-    def vary(x):
-        missing = tuple(sorted(union - axes(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return tuple(sorted(union)), jax.tree.map(vary, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -27,7 +27,6 @@ No kernel here has yet run on a TPU. Tests run them in Pallas's emulation on CPU
 with libtpu for v4, v5e, v5p and v6e.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -74,8 +73,8 @@ from attnjax.ops.pallas_tpu_tile import (
     visit,
     wide,
 )
-from attnjax.ops.partition import MESH_AXES, large_axes
-from attnjax.ops.reference import masked_scores
+from attnjax.ops.partition import MESH_AXES, large_axes, vary_alike
+from attnjax.ops.reference import first_token_scores
 from attnjax.ops.statistics import TokenMass, name_of
 from attnjax.typing import Array
 
@@ -135,7 +134,7 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     if plan.has_key_mass and call.extra_logit is not None:
         extra["extra_logit"] = call.extra_logit
     others = make_tables(call.visibility, plan) | extra
-    arrays = _vary_alike((call.query, call.key, call.value, call.bias, others))
+    _, arrays = vary_alike((call.query, call.key, call.value, call.bias, others))
     out, lse, rows, mass = _attend_jit(plan, *arrays)
     statistics = {}
     if call.statistics:
@@ -164,21 +163,6 @@ def _tokens(call):
     return [x for x in call.statistics if isinstance(x, TokenMass)]
 
 
-def _vary_alike(tree):
-    """Mark all arrays as varying over the same manual axes, which a kernel's arrays must."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
-    axes = frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree))
-    )
-
-    def vary(x):
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree) if axes else tree
-
-
 def _finish(call, lse, rows, mass):
     """Name the statistics, and let the extra logit of the denominator take its share."""
     share, log_share = 1.0, 0.0
@@ -198,25 +182,13 @@ def _finish(call, lse, rows, mass):
             kept = jnp.where(share > 0, share * log_share, 0.0)
             value = jnp.where(lse > EMPTY_LSE, share * entropy - kept, 0.0)
         elif statistic == "first_token_mass":
-            value = share * _first_token_mass(call, lse)
+            # The scores of one key are cheap to compute again.
+            mass_of_first = jnp.exp(first_token_scores(call) - lse)
+            value = share * jnp.where(lse > EMPTY_LSE, mass_of_first, 0.0)
         else:
             value = mass
         found[name_of(statistic)] = value
     return found
-
-
-def _first_token_mass(call, lse):
-    """Weight of key 0: its scores are cheap to compute again."""
-    _, _, t, s = call.scores_shape
-    first = dataclasses.replace(
-        call,
-        key=call.key[:, :1],
-        value=call.value[:, :1],
-        bias=None if call.bias is None else call.bias[..., :1],
-        visibility=call.visibility.window(0, t, 0, 1, t, s),
-    )
-    score = masked_scores(first)[..., 0]
-    return jnp.where(lse > EMPTY_LSE, jnp.exp(score - lse), 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

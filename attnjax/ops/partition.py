@@ -14,6 +14,7 @@ import itertools
 import math
 import types
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,27 @@ def over_batch_and_heads(
     if mesh_axes is not None:
         return _divide_by_name(function, inputs, axes, mesh, mesh_axes)
     return _leave_divided(function, inputs, axes, mesh)
+
+
+def vary_alike(tree: Any) -> tuple[tuple[str, ...], Any]:
+    """Let all arrays vary over the axes of an enclosing `shard_map` over which any of them does.
+
+    Loops need that of what they carry, and kernels of all that they read.
+
+    Args:
+      tree: arrays.
+
+    Returns:
+      These axes, none without a `shard_map`, and the arrays.
+    """
+    axes = lambda x: jax.typeof(x).manual_axis_type.varying
+    union = frozenset().union(*(axes(x) for x in jax.tree.leaves(tree)))
+
+    def vary(x):
+        missing = tuple(sorted(union - axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return tuple(sorted(union)), jax.tree.map(vary, tree)
 
 
 def large_axes(mesh: jax.sharding.AbstractMesh) -> list[str]:

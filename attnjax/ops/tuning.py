@@ -15,7 +15,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -78,23 +78,25 @@ class Tuning:
 
     entries: tuple[Entry, ...] = ()
 
-    def find(
-        self, implementation: str, call: Any, device: str | None = None
-    ) -> dict[str, Any] | None:
-        """Return the tiles of the closest entry for a call, or None.
+    def find(self, implementation: str, call: Any) -> dict[str, Any] | None:
+        """Return the tiles of the closest entry for a call on the present device, or None.
 
         Args:
           implementation: key of `attnjax.ops.IMPLEMENTATIONS`.
           call: an `attnjax.ops.attention.Call`.
-          device: from `device_name`; the default device's if None.
         """
         if not self.entries:
             return None
-        wanted = describe(implementation, call, device or device_name())
+        _, n, t, s = call.scores_shape
+        k, h = call.key.shape[2:]
+        wanted = (
+            implementation, device_name(), str(call.query.dtype), bool(call.visibility.is_full),
+            n, k, h, call.value.shape[3],
+        )  # fmt: skip
         best, closest = None, FARTHEST
         for entry in self.entries:
-            if entry.group == wanted.group:
-                distance = _distance(entry.t, wanted.t) + _distance(entry.s, wanted.s)
+            if entry.group == wanted:
+                distance = _distance(entry.t, t) + _distance(entry.s, s)
                 if distance <= closest:
                     best, closest = entry, distance
         return None if best is None else dict(best.tiles)
@@ -104,32 +106,6 @@ class Tuning:
         key = lambda entry: (entry.group, entry.t, entry.s)
         found = {key(entry): entry for entry in (*self.entries, *entries)}
         return Tuning(tuple(sorted(found.values(), key=lambda entry: str(key(entry)))))
-
-
-def describe(
-    implementation: str,
-    call: Any,
-    device: str,
-    tiles: Mapping[str, Any] | None = None,
-    milliseconds: float = 0.0,
-) -> Entry:
-    """Return the entry for a call of `attnjax.ops.attention.Call` with these tiles."""
-    _, n, t, s = call.scores_shape
-    k, h = call.key.shape[2:]
-    return Entry(
-        implementation=implementation,
-        device=device,
-        dtype=str(call.query.dtype),
-        is_full=bool(call.visibility.is_full),
-        n=n,
-        k=k,
-        t=t,
-        s=s,
-        h=h,
-        hv=call.value.shape[3],
-        tiles=tuple((tiles or {}).items()),
-        milliseconds=milliseconds,
-    )
 
 
 def device_name() -> str:
