@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.ops.mask.algebra import Lowered, Mask, register
-from attnjax.ops.mask.visibility import EMPTY, FULL, PARTIAL, Visibility, normalise
+from attnjax.ops.mask.visibility import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Visibility,
+    normalise,
+    slice_axis,
+    take_axis,
+)
 
 
 @register(("lower", "upper"))
@@ -63,8 +71,20 @@ class Dense(Mask):
         values = self.values
         for axis, start, size in ((2, query_start, queries), (3, key_start, keys)):
             if values.shape[axis] > 1:
-                values = _slice_axis(values, start, size, axis)
+                values = slice_axis(values, start, size, axis)
         return Dense(values)
+
+    def take(self, queries, keys, t, s):
+        values = self.values
+        for axis, positions in ((2, queries), (3, keys)):
+            if positions is not None and values.shape[axis] > 1:
+                values = take_axis(values, positions, axis)
+        return Dense(values)
+
+    def heads(self, start, count):
+        return (
+            self if self.values.shape[1] == 1 else Dense(slice_axis(self.values, start, count, 1))
+        )
 
     def pad(self, t, s, to_t, to_s):
         widths = [(0, 0)] * 4
@@ -103,8 +123,16 @@ class Blocks(Mask):
     def window(self, query_start, queries, key_start, keys, t, s):
         return dataclasses.replace(
             self,
-            query_blocks=_slice_axis(self.query_blocks, query_start, queries, 0),
-            key_blocks=_slice_axis(self.key_blocks, key_start, keys, 0),
+            query_blocks=slice_axis(self.query_blocks, query_start, queries, 0),
+            key_blocks=slice_axis(self.key_blocks, key_start, keys, 0),
+        )
+
+    def take(self, queries, keys, t, s):
+        take = lambda blocks, at: blocks if at is None else take_axis(blocks, at, 0)
+        return dataclasses.replace(
+            self,
+            query_blocks=take(self.query_blocks, queries),
+            key_blocks=take(self.key_blocks, keys),
         )
 
     def pad(self, t, s, to_t, to_s):
@@ -117,8 +145,8 @@ class Blocks(Mask):
     def tile(self, query_start, key_start, rows, columns):
         return jnp.asarray(
             self._pick(
-                _slice_axis(self.query_blocks, query_start, rows, 0),
-                _slice_axis(self.key_blocks, key_start, columns, 0),
+                slice_axis(self.query_blocks, query_start, rows, 0),
+                slice_axis(self.key_blocks, key_start, columns, 0),
             )
         )
 
@@ -126,7 +154,7 @@ class Blocks(Mask):
         # Exact without the dense mask: a tile sees the blocks between its first and last position.
         rows = _incidence(self.query_blocks, self.kept.shape[2], block_q)
         columns = _incidence(self.key_blocks, self.kept.shape[3], block_k)
-        xp = np if isinstance(self.kept, np.ndarray) else jnp
+        xp = np if all(isinstance(x, np.ndarray) for x in (self.kept, rows, columns)) else jnp
         kept = self.kept.astype(np.float32)
         hits = xp.einsum("Ii,bnij,Jj->bnIJ", rows, kept, columns)
         most = xp.einsum("Ii,Jj->IJ", rows, columns)
@@ -158,12 +186,57 @@ class Predicate(Mask):
         starts = (self.query_start + query_start, self.key_start + key_start)
         return Predicate(self.function, *starts)
 
+    def take(self, queries, keys, t, s):
+        count = lambda start, size: start + np.arange(size, dtype=np.int32)
+        at_queries = count(self.query_start, t) if queries is None else self.query_start + queries
+        at_keys = count(self.key_start, s) if keys is None else self.key_start + keys
+        return PredicateAt(self.function, at_queries, at_keys)
+
+    def heads(self, start, count):
+        return self
+
     def pad(self, t, s, to_t, to_s):
         return self
 
     def tile(self, query_start, key_start, rows, columns):
         query = self.query_start + query_start + jnp.arange(rows, dtype=jnp.int32)[:, None]
         key = self.key_start + key_start + jnp.arange(columns, dtype=jnp.int32)[None]
+        visible = jnp.broadcast_to(self.function(query, key), (rows, columns))
+        return visible.astype(bool)[None, None]
+
+
+@register(("queries", "keys"))
+class PredicateAt(Mask):
+    """`function` of the positions `queries [t]` and `keys [s]`."""
+
+    function: Callable[[Any, Any], Any]
+    queries: Any
+    keys: Any
+
+    def dense_bnts(self, t, s):
+        if not all(isinstance(at, np.ndarray) for at in (self.queries, self.keys)):
+            return self.tile(0, 0, t, s)
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self.tile(0, 0, t, s))
+
+    def window(self, query_start, queries, key_start, keys, t, s):
+        at_queries = slice_axis(self.queries, query_start, queries, 0)
+        return PredicateAt(self.function, at_queries, slice_axis(self.keys, key_start, keys, 0))
+
+    def take(self, queries, keys, t, s):
+        take = lambda positions, at: positions if at is None else take_axis(positions, at, 0)
+        return PredicateAt(self.function, take(self.queries, queries), take(self.keys, keys))
+
+    def heads(self, start, count):
+        return self
+
+    def pad(self, t, s, to_t, to_s):
+        queries = _pad_positions(self.queries, to_t - t)
+        return PredicateAt(self.function, queries, _pad_positions(self.keys, to_s - s))
+
+    def tile(self, query_start, key_start, rows, columns):
+        query = jnp.asarray(slice_axis(self.queries, query_start, rows, 0))[:, None]
+        key = jnp.asarray(slice_axis(self.keys, key_start, columns, 0))[None]
         visible = jnp.broadcast_to(self.function(query, key), (rows, columns))
         return visible.astype(bool)[None, None]
 
@@ -202,6 +275,9 @@ class PerHead(Mask):
     def pad(self, t, s, to_t, to_s):
         return PerHead(tuple(mask.pad(t, s, to_t, to_s) for mask in self.masks))
 
+    def take(self, queries, keys, t, s):
+        return PerHead(tuple(mask.take(queries, keys, t, s) for mask in self.masks))
+
     def window(self, query_start, queries, key_start, keys, t, s):
         arguments = (query_start, queries, key_start, keys, t, s)
         return PerHead(tuple(mask.window(*arguments) for mask in self.masks))
@@ -225,9 +301,12 @@ class QueryLengths(Mask):
 
 def _incidence(blocks_of, count, size):
     """1 where a tile of `size` positions touches a block, float32 `[tiles, count]`."""
-    positions = np.asarray(blocks_of)
-    touched = np.zeros((math.ceil(len(positions) / size), count), np.float32)
-    touched[np.arange(len(positions)) // size, positions] = 1
+    tile = np.arange(len(blocks_of)) // size
+    shape = (math.ceil(len(blocks_of) / size), count)
+    if not isinstance(blocks_of, np.ndarray):
+        return jnp.zeros(shape, jnp.float32).at[tile, blocks_of].set(1)
+    touched = np.zeros(shape, np.float32)
+    touched[tile, blocks_of] = 1
     return touched
 
 
@@ -235,11 +314,3 @@ def _stack_heads(parts):
     b = max(part.shape[0] for part in parts)
     xp = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
     return xp.concatenate([xp.broadcast_to(p, (b, *p.shape[1:])) for p in parts], axis=1)
-
-
-def _slice_axis(x, start, size, axis):
-    if isinstance(start, (int, np.integer)):
-        index = [slice(None)] * x.ndim
-        index[axis] = slice(int(start), int(start) + size)
-        return x[tuple(index)]
-    return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis=axis)

@@ -116,6 +116,51 @@ class Visibility:
             rest = rest.window(query_start, queries, key_start, keys, t, s)
         return Visibility(lower, upper, query_ids, key_ids, rest)
 
+    def take(self, queries: Any, keys: Any, t: int, s: int) -> "Visibility":
+        """Pick out queries and keys, numbered in their new order.
+
+        An interval of keys stays one interval, because keys keep their order.
+
+        Args:
+          queries: int32 `[t']` positions; t and above stand for queries that see nothing. None
+            for all, as they are.
+          keys: int32 `[s']` positions in increasing order; s and above, at the end, stand for keys
+            that nobody sees. None for all, as they are.
+          t, s: lengths of this visibility.
+
+        Returns:
+          The visibility for lengths t' and s', with explicit intervals.
+        """
+        whole = self.with_intervals(t, s)
+        lower, upper = whole.lower, whole.upper
+        query_ids, key_ids, rest = whole.query_ids, whole.key_ids, whole.rest
+        if queries is not None:
+            lower, upper = (_take_last(x, queries) for x in (lower, upper))
+            upper = _where(queries < t, upper, lower)
+            if query_ids is not None:
+                query_ids = _take_last(query_ids, queries)
+        if keys is not None:
+            lower, upper = (_count_below(keys, x) for x in (lower, upper))
+            if key_ids is not None:
+                key_ids = _take_last(key_ids, keys)
+        if rest is not None:
+            rest = rest.take(queries, keys, t, s)
+        return Visibility(lower, upper, query_ids, key_ids, rest)
+
+    def heads(self, start: Any, count: int) -> "Visibility":
+        """Restrict to a range of heads; what serves all heads stays as it is.
+
+        Args:
+          start: first head; an integer, or a traced one.
+          count: number of heads.
+        """
+        lower, upper = (
+            x if x is None or x.shape[1] == 1 else slice_axis(x, start, count, 1)
+            for x in (self.lower, self.upper)
+        )
+        rest = self.rest if self.rest is None else self.rest.heads(start, count)
+        return dataclasses.replace(self, lower=lower, upper=upper, rest=rest)
+
     def tile(self, query_start: Any, key_start: Any, rows: int, columns: int) -> Array | None:
         """Evaluate one tile; it must lie inside the lengths (pad first).
 
@@ -344,9 +389,40 @@ def _pad_last(x, size, value):
 
 
 def _slice_last(x, start, size):
+    return slice_axis(x, start, size, x.ndim - 1)
+
+
+def slice_axis(x: Any, start: Any, size: int, axis: int) -> Any:
+    """Return a range of an axis; NumPy stays NumPy unless the start is traced."""
     if isinstance(start, (int, np.integer)):
-        return x[..., int(start) : int(start) + size]
-    return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis=-1)
+        index = [slice(None)] * x.ndim
+        index[axis] = slice(int(start), int(start) + size)
+        return x[tuple(index)]
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis=axis)
+
+
+def take_axis(x: Any, positions: Any, axis: int) -> Any:
+    """Pick positions out of an axis, the last one for those beyond it. NumPy in, NumPy out."""
+    is_static = isinstance(x, np.ndarray) and isinstance(positions, np.ndarray)
+    xp = np if is_static else jnp
+    return xp.take(xp.asarray(x), xp.minimum(positions, x.shape[axis] - 1), axis=axis)
+
+
+def _take_last(x, positions):
+    return take_axis(x, positions, x.ndim - 1)
+
+
+def _count_below(keys, bounds):
+    """Count the keys below each bound, int32 in the shape of the bounds."""
+    if isinstance(keys, np.ndarray) and isinstance(bounds, np.ndarray):
+        return np.searchsorted(keys, bounds).astype(np.int32)
+    # Both sorted at once: a binary search would be a loop of gathers.
+    return jnp.searchsorted(jnp.asarray(keys), jnp.asarray(bounds), method="sort").astype(np.int32)
+
+
+def _where(condition, x, y):
+    is_static = all(isinstance(array, np.ndarray) for array in (condition, x, y))
+    return (np if is_static else jnp).where(condition, x, y)
 
 
 def _clip(x, low, high):
