@@ -175,7 +175,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     normalizer: str | Normalizer = "softmax",
-    implementation: str | None = None,
+    implementation: str | Callable[[Call], AttentionOutput] | None = None,
     return_lse: bool = False,
     return_probabilities: bool | Sequence[int] = False,
     return_scores: bool | Sequence[int] = False,
@@ -204,7 +204,8 @@ def attention(
       scale: factor of the raw scores; `h ** -0.5` if None.
       softcap: replaces scaled scores `x` by `softcap * tanh(x / softcap)`.
       normalizer: a name in `NORMALIZERS`, or a normalizer with its parameters.
-      implementation: one of `IMPLEMENTATIONS`; None chooses the fastest that serves the call.
+      implementation: one of `IMPLEMENTATIONS`, or a function that serves the checked call as one
+        of them would; None chooses the fastest that serves the call.
       return_lse: also return the log-sum-exp of every row (softmax and its relatives only), the
         extra logit of a relative included.
       return_probabilities: also return the weights (before dropout and gates); True, or the query
@@ -230,7 +231,7 @@ def attention(
       NotImplementedError: the named implementation refuses; the message is its reason.
       ExceptionGroup: nothing was named and every implementation refuses; one reason each.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if isinstance(implementation, str) and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation {implementation!r} is unknown; choose from {list(IMPLEMENTATIONS)}"
         )
@@ -270,7 +271,7 @@ def attention(
         dropout_key=dropout_key,
         tuning=DEFAULT if tuning is None else tuning,
     )
-    output = serve(call, implementation)
+    output = implementation(call) if callable(implementation) else serve(call, implementation)
     out, lse, probabilities = output.out, output.lse, output.probabilities
     if finish is not None:
         finished = finish(lse=lse)
