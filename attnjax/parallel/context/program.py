@@ -204,6 +204,8 @@ def _forward_rank(program, query, key, value, bias, normalizer, others):
 
 def _backward_rank(program, saved, bias, normalizer, others, dout, dlse):
     query, block, out, lse, _ = jax.tree.map(lambda x: x[0], saved)
+    # Else a compiler that sees both passes keeps all blocks of the first for the second.
+    block = jax.lax.optimization_barrier(block)
     dout = program.to_heads(dout, 2, 1)
     rank = Rank(program, others, query.shape[2])
     dout = dout.astype(jnp.promote_types(query.dtype, jnp.float32))
