@@ -4,12 +4,6 @@
 import sys
 
 import jax
-
-address, index = sys.argv[1], int(sys.argv[2])
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(address, num_processes=2, process_id=index)
-
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -20,8 +14,11 @@ from attnjax.parallel import context_attention
 T, N, K, H = 72, 8, 2, 8
 
 
-def main() -> None:
+def main(address: str, index: str) -> None:
     """Compare every process's own shards with attention on one device."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.distributed.initialize(address, num_processes=2, process_id=int(index))
     mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(0)
     whole = [rng.standard_normal((2, T, heads, H)).astype(np.float32) for heads in (N, K, K)]
@@ -49,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
