@@ -219,12 +219,13 @@ def normalise(lower: Any, upper: Any, s: int) -> tuple[Any, Any]:
     if is_static and ((lower[:, :, 1:] > upper[:, :, :-1]) | (lower[:, :, 1:] == s)).all():
         used = max(1, int((lower < s).any(axis=(0, 1, 3)).sum()))
         return lower[:, :, :used], upper[:, :, :used]
-    order = xp.argsort(lower, axis=2)
-    lower, upper = (xp.take_along_axis(x, order, axis=2) for x in (lower, upper))
     if not is_static:
+        lower, upper = jax.lax.sort((lower, upper), dimension=2, num_keys=1)
         reached = jax.lax.cummax(upper, axis=2)[:, :, :-1]
         lower = lower.at[:, :, 1:].max(reached)
         return lower, xp.maximum(lower, upper)
+    order = np.argsort(lower, axis=2)
+    lower, upper = (np.take_along_axis(x, order, axis=2) for x in (lower, upper))
     new_lower, new_upper = np.full_like(lower, s), np.full_like(upper, s)
     slot = np.full(lower[:, :, :1].shape, -1)
     reached = np.full(slot.shape, -1, lower.dtype)
