@@ -359,6 +359,8 @@ def test_names():
     listed = [line.split()[0] for line in normalizers.__doc__.splitlines() if line[:4] == " " * 4]
     assert set(NAMES) <= set(listed)
     assert all(cls.__doc__ for cls in NORMALIZERS.values())
+    keyed = {name for name, cls in NORMALIZERS.items() if "key" in cls.__dataclass_fields__}
+    assert keyed == {name for name, cls in NORMALIZERS.items() if cls.has_key} != set()
 
 
 @pytest.mark.parametrize(
