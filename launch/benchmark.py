@@ -20,7 +20,7 @@ from launch import command
 SUITES = ("attention", "training")
 CONFIG = command.define_config()
 SUITE = flags.DEFINE_string("suite", None, "What to measure: " + ", ".join(SUITES) + ".")
-SHAPES = flags.DEFINE_string("shapes", "standard", "attention: quick, standard or long.")
+SHAPES = flags.DEFINE_string("shapes", "standard", "attention: quick, standard, long or ladder.")
 ONLY = flags.DEFINE_string("only", "", "attention: pattern of cells, such as chunked/causal/.*")
 PEER = flags.DEFINE_string("peer", "", "training: also measure the model in this library (timm).")
 DATA = flags.DEFINE_bool("data", True, "training: also measure the data pipeline alone.")
