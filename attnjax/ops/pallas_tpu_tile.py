@@ -670,10 +670,28 @@ def launch(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
             vmem_limit_bytes=plan.chip.vmem * 15 // 16,
         ),
+        cost_estimate=_cost(plan, operands, results),
         name=name,
     )
     found = call(*scalar.values(), *(x.array for x in operands.values()))
     return dict(zip(results, found, strict=True))
+
+
+def _cost(plan, operands, results):
+    """Tell the compiler what a kernel costs if no tile is skipped (which ones are is data).
+
+    Without it transfers between chips are not scheduled beside a kernel.
+    """
+    (t, s), query = plan.lengths, operands["query"].array
+    heads = query.shape[2] // plan.widths[0]
+    products = 5 if "dout" in operands else 2
+    scores = query.shape[0] * heads * t * s
+    arrays = [x.array for x in (*operands.values(), *results.values())]
+    return pl.CostEstimate(
+        flops=2 * products * scores * plan.widths[0],
+        transcendentals=scores,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+    )
 
 
 # ---- One tile of scores -------------------------------------------------------------------------

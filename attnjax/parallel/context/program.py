@@ -214,7 +214,7 @@ def _backward_rank(program, saved, bias, normalizer, others, dout, dlse):
 
     def step(state, block, positions):
         if normalizer is None:
-            bias_here, pull = bias, lambda dbias: None
+            bias_here, pull = bias, lambda dbias: (None,)
             if bias is not None:
                 bias_here, pull = jax.vjp(lambda x: rank.take_bias(x, positions), bias)
             call = rank.call(query, block, positions, None, None)
@@ -222,7 +222,7 @@ def _backward_rank(program, saved, bias, normalizer, others, dout, dlse):
             dquery, dkey, dvalue, dbias = serve_gradients(
                 call, (out, lse), (dout, dlse), program.implementation
             )
-            found = (dquery, pull(dbias), None)
+            found = (dquery, *pull(dbias), None)
             dblock = jnp.concatenate([dkey, dvalue], axis=-1)
         else:
 

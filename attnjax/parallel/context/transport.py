@@ -53,6 +53,15 @@ class Transport(Protocol):
         """
 
 
+def _in_step(following: Any, done: Any) -> tuple[Any, Any]:
+    """Let what comes next wait for the present step.
+
+    A scheduler that does not know how long a step takes would make all transfers first, and hold
+    all blocks at once.
+    """
+    return jax.lax.optimization_barrier((following, done))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """Blocks go round from rank to rank.
@@ -94,14 +103,14 @@ class Ring:
                 following = self._hop(block, i, axis_name) if i < len(self.hops) else None
                 state, one = visit(block, state, held[i])
                 kept.append(one)
-                block = following
+                block, state = _in_step(following, state)
             return state, kept
 
         def body(carry, at):
             block, state = carry
             following = self._hop(block, 0, axis_name)
             state, one = visit(block, state, at)
-            return (following, state), one
+            return _in_step(following, state), one
 
         # The first step makes the state, the last one needs no hop.
         following = self._hop(block, 0, axis_name)
@@ -123,15 +132,16 @@ class Ring:
                 is_last = i == len(self.hops)
                 following = None if is_last else self._hop(block, i, axis_name)
                 state, total = visit(block, state, total, held[i])
+                block, total = _in_step(following, total)
                 if not is_last:
                     total = self._hop(total, i, axis_name)
-                block = following
         else:
 
             def body(carry, at):
                 block, state, total = carry
                 following = self._hop(block, 0, axis_name)
                 state, total = visit(block, state, total, at)
+                following, total = _in_step(following, total)
                 return (following, state, self._hop(total, 0, axis_name)), None
 
             following = self._hop(block, 0, axis_name)
@@ -268,12 +278,14 @@ class Selected:
                 arriving = self._fetch(block, i, tables, axis_name)
             state, one = step(state, now, at)
             kept.append(one)
+            block, state = _in_step(block, state)
         return state, kept
 
     def fold_back(self, block, step, tables, axis_name):
         arriving = self._fetch(block, 0, tables, axis_name)
         state, total = step(None, block, tables["own"][0])
         for i in range(len(self.stages)):
+            block, total = _in_step(block, total)
             now, arriving = arriving, self._fetch(block, i + 1, tables, axis_name)
             state, kept = step(state, now, tables[f"at{i}"][0])
             deliver = lambda whole, part, i=i: self._deliver(whole, part, i, tables, axis_name)
