@@ -261,7 +261,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["status"] == "ok" and row["temporary_bytes"] != "":
             sizes = "x".join(str(row[name]) for name in "bnkh")
             name = f"{row['contestant']}/{row['mask']}/{row['dtype']}/{sizes}/{row['direction']}"
-            point = float(row["median_ms"]), float(row["temporary_bytes"])
+            point = float(row["median_ms"]), max(1.0, float(row["temporary_bytes"]))
             series.setdefault(name, {})[int(row["t"])] = point
     lines = []
     for name, points in series.items():
