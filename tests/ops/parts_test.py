@@ -2,6 +2,7 @@
 """Parts of a call, merged, are the whole call: masks, outputs, gradients and dropout."""
 
 import dataclasses
+import functools
 import zlib
 
 import jax
@@ -13,6 +14,7 @@ from attnjax.ops import attention, merge_partials, pallas_gpu, pallas_tpu
 from attnjax.ops.attention import Call, check_bias, check_mask, serve, serve_gradients
 from attnjax.ops.cases import MASKS, Case
 from attnjax.ops.dropout import Place, whole_place
+from attnjax.ops.mask import Runs
 
 T = 12
 CASE = Case("parts", b=2, t=T, s=T, n=4, k=2, h=8, hv=6)
@@ -47,6 +49,23 @@ def test_masks_pick_out_queries_and_keys(name, is_traced):
         cut = dense[..., 4 * i : 4 * i + 4, 3 * j : 3 * j + 3]
         kind = np.broadcast_to(kinds[..., i, j], (2, 4))
         assert not cut[kind == 0].any() and cut[kind == 2].all()
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("name", ["heads", "documents", "predicate", "blocks", "dense", "segments"])
+def test_masks_pick_out_runs(name, is_traced):
+    visibility = draw(name).visibility(T, T)
+    # The second run of keys and the last one of queries end beyond the end.
+    queries, keys = np.array([7, 2, 9], np.int32), np.array([1, 8], np.int32)
+    sizes = (4, 5)
+
+    def take(*starts, as_runs):
+        at = [Runs(start, size) for start, size in zip(starts, sizes, strict=True)]
+        return visibility.take(*(at if as_runs else (x.positions for x in at)), T, T).dense(12, 10)
+
+    take_runs = functools.partial(take, as_runs=True)
+    found = jax.jit(take_runs)(queries, keys) if is_traced else take_runs(queries, keys)
+    np.testing.assert_array_equal(found, take(queries, keys, as_runs=False))
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -22,7 +22,15 @@ import numpy as np
 from attnjax.ops.mask import arrays, patterns
 from attnjax.ops.mask.algebra import Mask
 from attnjax.ops.mask.slices import Columns, Slice
-from attnjax.ops.mask.visibility import EMPTY, FULL, PARTIAL, Schedule, Visibility, schedule
+from attnjax.ops.mask.visibility import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Runs,
+    Schedule,
+    Visibility,
+    schedule,
+)
 from attnjax.typing import Array
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "PARTIAL",
     "Columns",
     "Mask",
+    "Runs",
     "Schedule",
     "Slice",
     "Visibility",

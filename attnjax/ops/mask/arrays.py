@@ -17,6 +17,7 @@ from attnjax.ops.mask.visibility import (
     PARTIAL,
     Visibility,
     normalise,
+    positions_of,
     slice_axis,
     take_axis,
 )
@@ -188,8 +189,10 @@ class Predicate(Mask):
 
     def take(self, queries, keys, t, s):
         count = lambda start, size: start + np.arange(size, dtype=np.int32)
-        at_queries = count(self.query_start, t) if queries is None else self.query_start + queries
-        at_keys = count(self.key_start, s) if keys is None else self.key_start + keys
+        at_queries, at_keys = (
+            count(start, size) if at is None else start + positions_of(at)
+            for start, size, at in ((self.query_start, t, queries), (self.key_start, s, keys))
+        )
         return PredicateAt(self.function, at_queries, at_keys)
 
     def heads(self, start, count):

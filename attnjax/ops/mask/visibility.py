@@ -32,6 +32,26 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Runs:
+    """Positions that come in stretches of equal size: cheaper to pick than one by one.
+
+    Attributes:
+      starts: int32 `[u]`, first position of each stretch.
+      size: of all.
+    """
+
+    starts: Any
+    size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def positions(self) -> Any:
+        """All positions, int32 `[u * size]`."""
+        xp = np if isinstance(self.starts, np.ndarray) else jnp
+        return (self.starts[:, None] + xp.arange(self.size, dtype=np.int32)).reshape(-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Visibility:
     """The normal form of a mask for given lengths t and s.
 
@@ -122,10 +142,10 @@ class Visibility:
         An interval of keys stays one interval, because keys keep their order.
 
         Args:
-          queries: int32 `[t']` positions; t and above stand for queries that see nothing. None
-            for all, as they are.
-          keys: int32 `[s']` positions in increasing order; s and above, at the end, stand for keys
-            that nobody sees. None for all, as they are.
+          queries: int32 `[t']` positions, or `Runs`; t and above stand for queries that see
+            nothing. None for all, as they are.
+          keys: int32 `[s']` positions in increasing order, or such `Runs`; s and above, at the
+            end, stand for keys that nobody sees. None for all, as they are.
           t, s: lengths of this visibility.
 
         Returns:
@@ -136,7 +156,7 @@ class Visibility:
         query_ids, key_ids, rest = whole.query_ids, whole.key_ids, whole.rest
         if queries is not None:
             lower, upper = (_take_last(x, queries) for x in (lower, upper))
-            upper = _where(queries < t, upper, lower)
+            upper = _where(positions_of(queries) < t, upper, lower)
             if query_ids is not None:
                 query_ids = _take_last(query_ids, queries)
         if keys is not None:
@@ -417,8 +437,25 @@ def slice_axis(x: Any, start: Any, size: int, axis: int) -> Any:
     return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis=axis)
 
 
+def positions_of(positions: Any) -> Any:
+    """Return positions as an array, `Runs` or not."""
+    return positions.positions if isinstance(positions, Runs) else positions
+
+
 def take_axis(x: Any, positions: Any, axis: int) -> Any:
-    """Pick positions out of an axis, the last one for those beyond it. NumPy in, NumPy out."""
+    """Pick positions, or `Runs`, out of an axis; NumPy in, NumPy out.
+
+    What lies beyond the axis is given something.
+    """
+    if isinstance(positions, Runs) and not isinstance(positions.starts, np.ndarray):
+        # Slices instead of a gather; a run may end beyond the axis.
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, positions.size)
+        x = jnp.pad(jnp.asarray(x), widths)
+        count = positions.starts.shape[0]
+        parts = [slice_axis(x, positions.starts[i], positions.size, axis) for i in range(count)]
+        return jnp.concatenate(parts, axis=axis)
+    positions = positions_of(positions)
     is_static = isinstance(x, np.ndarray) and isinstance(positions, np.ndarray)
     xp = np if is_static else jnp
     return xp.take(xp.asarray(x), xp.minimum(positions, x.shape[axis] - 1), axis=axis)
@@ -430,6 +467,9 @@ def _take_last(x, positions):
 
 def _count_below(keys, bounds):
     """Count the keys below each bound, int32 in the shape of the bounds."""
+    if isinstance(keys, Runs):
+        below = (bounds - keys.starts[i] for i in range(keys.starts.shape[0]))
+        return sum(_clip(x, 0, keys.size) for x in below)
     if isinstance(keys, np.ndarray) and isinstance(bounds, np.ndarray):
         return np.searchsorted(keys, bounds).astype(np.int32)
     # Both sorted at once: a binary search would be a loop of gathers.

@@ -111,18 +111,19 @@ def _serve(
             sets[statistic.name] = jnp.asarray(statistic.indicator)
         elif statistic == "first_token_mass":
             sets[statistic] = (jnp.arange(lengths[1]) == 0)[None]
+    queries, run = plan.layout.tables(plan.layout.ranks // plan.heads_ways)
     program = Program(
         transport=plan.transport, heads_ways=plan.heads_ways, axis_name=axis, mesh=mesh,
-        lengths=plan.lengths, heads=(n, k), value_start=call.key.shape[3], scale=call.scale,
+        lengths=plan.lengths, heads=(n, k), query_run=run, value_start=call.key.shape[3],
+        scale=call.scale,
         softcap=call.softcap, dropout_rate=call.dropout_rate, tuning=call.tuning,
         implementation=implementation, returns_lse=call.return_lse, statistics=tuple(names),
     )  # fmt: skip
-    around = plan.layout.ranks // plan.heads_ways
     others = jax.tree.map(
         jnp.asarray,
         Others(
             visibility=call.visibility,
-            queries=plan.layout.positions.reshape(around, -1),
+            queries=queries,
             tables=plan.transport.tables(plan.key_layout),
             dropout_key=call.dropout_key,
             sets=sets,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from attnjax.ops.mask import Mask, Visibility
+from attnjax.ops.mask import Mask, Runs, Visibility
 from attnjax.typing import Array
 
 MOST_ROUNDS = 64
@@ -65,6 +65,18 @@ class Layout:
     def is_identity(self) -> bool:
         """Whether the dispatched sequence is the sequence itself."""
         return self.is_contiguous and self.ranks * self.size == self.length
+
+    def tables(self, rows: int) -> tuple[np.ndarray, int]:
+        """Return positions in a form that is cheap to pick from, for `rows` groups of ranks.
+
+        Returns:
+          int32 `[rows, u]` first positions of runs, and the size of a run; all positions, and 0,
+          where runs would be many.
+        """
+        table = self.positions.reshape(rows, -1)
+        if table.shape[1] // self.unit > MOST_ROUNDS:
+            return table, 0
+        return table.reshape(rows, -1, self.unit)[:, :, 0], self.unit
 
     def split(self, parts: int) -> "Layout":
         """Let each rank share its tokens with others: every row becomes `parts` rows.
@@ -286,6 +298,11 @@ def undispatch(
     is_real = flat < layout.length
     where[flat[is_real]] = np.flatnonzero(is_real)
     return _divide(jnp.take(array, where, axis=axis), axis, mesh, axis_name)
+
+
+def as_positions(row: Array, size: int) -> Array | Runs:
+    """Return a row of `Layout.tables` as what masks take."""
+    return Runs(row, size) if size else row
 
 
 def axis_size(mesh: jax.sharding.Mesh | None, axis_name: str) -> int:

@@ -144,11 +144,11 @@ def plan_context(
     layout = make(t, around, multiple=ways).split(ways)
     key_layout = layout if t == s else layouts.contiguous(s, around, multiple=ways).split(ways)
     if method == "all_gather":
-        transport = transports.Gather()
+        transport = transports.Gather(key_layout)
     elif method == "double_ring":
-        transport = transports.double_ring(around, windows_of(around), ways)
+        transport = transports.double_ring(around, windows_of(around), key_layout)
     else:
-        transport = transports.ring(around, ways)
+        transport = transports.ring(around, key_layout)
     return ContextPlan(method, reason, layout, key_layout, ways, transport, (t, s))
 
 

@@ -22,10 +22,12 @@ from jax.sharding import PartitionSpec as P
 
 from attnjax.ops.attention import Call, serve, serve_gradients
 from attnjax.ops.dropout import Place
+from attnjax.ops.mask.visibility import positions_of, take_axis
 from attnjax.ops.merge import merge_partials
 from attnjax.ops.normalizer import Normalizer
 from attnjax.ops.statistics import TokenMass
 from attnjax.ops.tuning import Tuning
+from attnjax.parallel.context.layout import as_positions
 from attnjax.parallel.context.transport import Transport
 from attnjax.typing import Array
 
@@ -41,6 +43,7 @@ class Program:
       mesh: None for the ambient one.
       lengths: t and s of the whole sequence.
       heads: n and k of the whole.
+      query_run: size of a run of `Others.queries`, 0 for none.
       value_start: h, where values begin in a block.
       scale, softcap, dropout_rate, tuning: as in `Call`.
       implementation: of `attnjax.ops`, or None for the fastest.
@@ -54,6 +57,7 @@ class Program:
     mesh: Any
     lengths: tuple[int, int]
     heads: tuple[int, int]
+    query_run: int
     value_start: int
     scale: float
     softcap: float | None
@@ -107,8 +111,7 @@ class Others:
 
     Attributes:
       visibility: normal form of the mask, for the whole sequence.
-      queries: int32 `[ranks / heads_ways, tokens]` positions of queries, fillers from t on; ranks
-        that share their heads have a row together.
+      queries: of `Layout.tables`, a row for all ranks that share their heads.
       tables: of the transport.
       dropout_key: or None.
       sets: name -> indicator `[b|1, s]` of sets of tokens.
@@ -140,7 +143,7 @@ class Rank:
         self.program, self.others, self.heads = program, others, heads
         t, s = program.lengths
         ways, index = program.heads_ways, jax.lax.axis_index(program.axis_name)
-        self.queries = others.queries[index // ways]
+        self.queries = as_positions(others.queries[index // ways], program.query_run)
         self.first_head = index % ways * heads if ways > 1 else 0
         visibility = others.visibility.take(self.queries, None, t, s)
         self.visibility = visibility if ways == 1 else visibility.heads(self.first_head, heads)
@@ -155,8 +158,9 @@ class Rank:
             heads = self.first_head + jnp.arange(self.heads, dtype=jnp.uint32)
             examples = jnp.arange(b, dtype=jnp.uint32)[:, None] * jnp.uint32(n)
             as_words = lambda x: x.astype(jnp.uint32)
-            place = Place(examples + as_words(heads), as_words(self.queries), as_words(positions))
-        visibility = self.visibility.take(None, positions, len(self.queries), program.lengths[1])
+            at = (as_words(positions_of(x)) for x in (self.queries, positions))
+            place = Place(examples + as_words(heads), *at)
+        visibility = self.visibility.take(None, positions, query.shape[1], program.lengths[1])
         return Call(
             query=query, key=block[..., :start], value=block[..., start:], visibility=visibility,
             bias=None if bias is None else self.take_bias(bias, positions), scale=program.scale,
@@ -172,7 +176,7 @@ class Rank:
             bias = jax.lax.dynamic_slice_in_dim(bias, self.first_head, self.heads, 1)
         for axis, at in ((2, self.queries), (3, positions)):
             if bias.shape[axis] > 1:
-                bias = jnp.take(bias, at, axis=axis, mode="clip")
+                bias = take_axis(bias, at, axis)
         return bias
 
 
@@ -256,14 +260,14 @@ def _statistics_rank(program, saved, bias, normalizer, extra, others):
     total = lse
     if extra is not None:
         b, n = query.shape[0], program.heads[0]
-        whole = jnp.broadcast_to(extra, (b, n, len(rank.queries) // program.heads_ways))
+        whole = jnp.broadcast_to(extra, (b, n, query.shape[1] // program.heads_ways))
         total = jnp.logaddexp(lse, program.to_heads(whole, 1, 2).astype(lse.dtype))
     rows = [name for name in program.statistics if name != "key_mass"]
 
     def step(state, block, positions):
         index, sums = (0, None) if state is None else state
         sets = [
-            TokenMass(jnp.take(others.sets[name], positions, axis=1, mode="clip"), name)
+            TokenMass(take_axis(others.sets[name], positions, 1), name)
             for name in rows
             if name in others.sets
         ]

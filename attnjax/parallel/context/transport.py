@@ -18,15 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from attnjax.ops.mask import Visibility
-from attnjax.parallel.context.layout import Layout
+from attnjax.ops.mask import Runs, Visibility
+from attnjax.parallel.context.layout import Layout, as_positions
 from attnjax.typing import Array
 
 UNROLLED = 8
 """Hops that are compiled one by one; longer rings are loops."""
 
-Step = Callable[[Any, Array, Array], tuple[Any, Any]]
-"""(state, block, positions of its keys) -> (state, what is to be kept of the step)."""
+Step = Callable[[Any, Array, Any], tuple[Any, Any]]
+"""(state, block, positions of its keys) -> (state, what is to be kept of the step).
+
+Positions are an array or `Runs`, see `attnjax.ops.mask`.
+"""
 
 
 class Transport(Protocol):
@@ -70,11 +73,13 @@ class Ring:
       hops: for each hop, where each rank of the ring sends what it holds; none for no ring.
       ranks: of the ring.
       heads_ways: ranks that act as one.
+      run: size of a run of the tables, 0 for none.
     """
 
     hops: tuple[tuple[int, ...], ...]
     ranks: int
     heads_ways: int = 1
+    run: int = 0
 
     def held(self) -> np.ndarray:
         """Return the block that each rank holds at each step, int32 `[steps, ranks]`."""
@@ -86,15 +91,14 @@ class Ring:
         return np.stack(held).astype(np.int32)
 
     def tables(self, layout):
-        rows = layout.positions.reshape(self.ranks, -1)
-        return {"positions": rows, "held": self.held()}
+        return {"positions": layout.tables(self.ranks)[0], "held": self.held()}
 
     def specs(self, axis_name):
         return {"positions": P(), "held": P()}
 
     def fold(self, block, step, tables, axis_name):
         def visit(block, state, at):
-            return step(state, block, tables["positions"][at])
+            return step(state, block, as_positions(tables["positions"][at], self.run))
 
         held = tables["held"][:, jax.lax.axis_index(axis_name) // self.heads_ways]
         if not self.is_loop:
@@ -122,7 +126,7 @@ class Ring:
 
     def fold_back(self, block, step, tables, axis_name):
         def visit(block, state, total, at):
-            state, one = step(state, block, tables["positions"][at])
+            state, one = step(state, block, as_positions(tables["positions"][at], self.run))
             return state, one if total is None else jax.tree.map(jnp.add, total, one)
 
         held = tables["held"][:, jax.lax.axis_index(axis_name) // self.heads_ways]
@@ -168,59 +172,84 @@ class Ring:
         return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, pairs), tree)
 
 
-def ring(ranks: int, heads_ways: int = 1) -> Ring:
-    """One ring: every rank sends to the next, ranks - 1 times."""
+def ring(ranks: int, layout: Layout) -> Ring:
+    """One ring: every rank sends to the next, ranks - 1 times.
+
+    Args:
+      ranks: of the ring; they divide those of the layout.
+      layout: of the keys.
+    """
     hop = tuple((rank + 1) % ranks for rank in range(ranks))
-    return Ring((hop,) * (ranks - 1), ranks, heads_ways)
+    return Ring((hop,) * (ranks - 1), ranks, layout.ranks // ranks, layout.tables(ranks)[1])
 
 
-def double_ring(ranks: int, windows: int, heads_ways: int = 1) -> Ring:
+def double_ring(ranks: int, windows: int, layout: Layout) -> Ring:
     """Rings inside windows of neighbours, and a hop to the next window after each round.
 
     LoongTrain's double ring: of each round of ranks / windows steps, only the first step's block
     has come from another window.
 
     Args:
-      ranks: of the whole ring.
+      ranks: of the whole ring; they divide those of the layout.
       windows: divides them.
-      heads_ways: ranks that act as one.
+      layout: of the keys.
     """
     size = ranks // windows
     inner = tuple(rank // size * size + (rank % size + 1) % size for rank in range(ranks))
     # The hop outwards also makes the last step of the round that the inner ring leaves out.
     outer = tuple((inner[rank] + size) % ranks for rank in range(ranks))
     hops = (((inner,) * (size - 1) + (outer,)) * windows)[:-1]
-    return Ring(hops, ranks, heads_ways)
+    return Ring(hops, ranks, layout.ranks // ranks, layout.tables(ranks)[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """Every rank gets all keys, in order: one block."""
+    """Every rank gets all keys, in order: one block.
+
+    Attributes:
+      layout: of the keys; its units, put in order, are the sequence.
+    """
+
+    layout: Layout
 
     def tables(self, layout):
-        flat = layout.positions.reshape(-1)
-        order = np.argsort(flat, kind="stable").astype(np.int32)
-        return {"order": order, "home": np.argsort(order).astype(np.int32), "at": flat[order]}
+        return {}
 
     def specs(self, axis_name):
-        return {"order": P(), "home": P(), "at": P()}
+        return {}
 
     def fold(self, block, step, tables, axis_name):
-        state, kept = step(None, self._gather(block, tables, axis_name), tables["at"])
+        state, kept = step(None, self._gather(block, axis_name), self._all())
         return state, [kept]
 
     def fold_back(self, block, step, tables, axis_name):
-        state, kept = step(None, self._gather(block, tables, axis_name), tables["at"])
+        state, kept = step(None, self._gather(block, axis_name), self._all())
 
         def scatter(x):
-            x = jnp.take(x, tables["home"], axis=1)
+            x = self._arrange(x, np.argsort(self._order()))
             return jax.lax.psum_scatter(x, axis_name, scatter_dimension=1, tiled=True)
 
         return state, jax.tree.map(scatter, kept)
 
-    def _gather(self, block, tables, axis_name):
+    def _all(self):
+        return Runs(np.zeros(1, np.int32), self.layout.positions.size)
+
+    def _order(self):
+        return np.argsort(self.layout.positions.reshape(-1, self.layout.unit)[:, 0])
+
+    def _gather(self, block, axis_name):
         whole = jax.lax.all_gather(block, axis_name, axis=1, tiled=True)
-        return jnp.take(whole, tables["order"], axis=1)
+        return self._arrange(whole, self._order())
+
+    def _arrange(self, x, order):
+        """Put units in order, by slices of what stays together."""
+        breaks = np.flatnonzero(np.diff(order) != 1) + 1
+        unit = self.layout.unit
+        parts = [
+            jax.lax.slice_in_dim(x, int(part[0]) * unit, (int(part[-1]) + 1) * unit, axis=1)
+            for part in np.split(order, breaks)
+        ]
+        return jnp.concatenate(parts, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
