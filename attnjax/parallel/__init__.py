@@ -2,6 +2,8 @@
 """Devices and processes: the only place that names mesh axes."""
 
 from attnjax.parallel.constrain import constrain
+from attnjax.parallel.distributed import distributed_attention, distributed_mesh
+from attnjax.parallel.distributed_plan import DistributedPlan, Machine, plan_distributed
 from attnjax.parallel.mesh import AXES, make_mesh
 from attnjax.parallel.rules import (
     DEFAULT_AXES,
@@ -14,9 +16,14 @@ from attnjax.parallel.rules import (
 __all__ = [
     "AXES",
     "DEFAULT_AXES",
+    "DistributedPlan",
+    "Machine",
     "batch_sharding",
     "constrain",
+    "distributed_attention",
+    "distributed_mesh",
     "make_mesh",
+    "plan_distributed",
     "process_shard",
     "replicated",
     "tree_shardings",
