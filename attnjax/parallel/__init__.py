@@ -3,6 +3,7 @@
 
 from attnjax.parallel.constrain import constrain
 from attnjax.parallel.distributed import distributed_attention, distributed_mesh
+from attnjax.parallel.distributed_layer import attention_layer
 from attnjax.parallel.distributed_plan import DistributedPlan, Machine, plan_distributed
 from attnjax.parallel.mesh import AXES, make_mesh
 from attnjax.parallel.rules import (
@@ -12,12 +13,14 @@ from attnjax.parallel.rules import (
     replicated,
     tree_shardings,
 )
+from attnjax.parallel.streaming import streamed_attention
 
 __all__ = [
     "AXES",
     "DEFAULT_AXES",
     "DistributedPlan",
     "Machine",
+    "attention_layer",
     "batch_sharding",
     "constrain",
     "distributed_attention",
@@ -26,5 +29,6 @@ __all__ = [
     "plan_distributed",
     "process_shard",
     "replicated",
+    "streamed_attention",
     "tree_shardings",
 ]

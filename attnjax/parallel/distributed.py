@@ -81,8 +81,8 @@ def distributed_attention(
       value: `[b,s,k,hv]`, dtype of the query.
       mask: as in `attention`. One that differs between heads in other ways than by its arrays can
         only serve plans that leave heads whole.
-      mesh: its devices are used in their order, whatever its axes are. By default those of the
-        ambient mesh, or all. Abstract ones serve ahead-of-time lowering, and `jit` under a mesh.
+      mesh: its devices are used in their order, whatever its axes are; an abstract one serves to
+        lower ahead of time. None: all devices, or as many as an abstract ambient mesh describes.
       plan: a split, one of `PLANS`, or None for the planner's choice.
       scale, softcap: as in `attention`.
       normalizer: softmax or a relative of it; its extra term is added once, after merging.
@@ -308,7 +308,7 @@ def resolve_plan(plan, sizes, devices: int, itemsize: int, memory_limit=None) ->
 
 
 def find_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
-    """Return a mesh, the ambient one, or one of all devices.
+    """Return the mesh, or one of all devices, or the ambient one of devices that are not here.
 
     Raises:
       ValueError: it is no mesh, or this is inside a `shard_map`.
@@ -320,12 +320,11 @@ def find_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
             "outside, it divides whole arrays itself"
         )
     if mesh is None:
-        if ambient.empty:
-            return Mesh(np.array(jax.devices()), ("devices",), axis_types=(AxisType.Auto,))
-        try:
-            return jax.sharding.get_mesh()
-        except ValueError:  # Inside jit only the abstract one is known.
-            return ambient
+        devices = np.array(jax.devices())
+        kind = getattr(ambient.abstract_device, "device_kind", devices[0].device_kind)
+        if ambient.empty or (ambient.size == devices.size and kind == devices[0].device_kind):
+            return Mesh(devices, ("devices",), axis_types=(AxisType.Auto,))
+        return ambient
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise ValueError(f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {mesh!r}")
     return mesh

@@ -210,7 +210,7 @@ def test_options():
 
 
 def test_devices_of_the_mesh():
-    """Those of a given mesh, of the ambient one with other axes, or all."""
+    """Those of a given mesh, or all, also under a mesh with other axes."""
     *inputs, _, _ = arrays()
     expected = attention(*inputs)
     small = make_mesh({"data": 2, "model": 2}, jax.devices()[2:6])
@@ -221,7 +221,7 @@ def test_devices_of_the_mesh():
     with jax.set_mesh(whole):
         out = jax.jit(distributed(DistributedPlan(2, 2, 2)))(*inputs)
         np.testing.assert_allclose(out, expected, atol=FORWARD)
-    with pytest.raises(ValueError, match="must be a jax.sharding.Mesh"):
+    with pytest.raises(ValueError, match="must be a jax"):
         distributed_attention(*inputs, mesh=8)
     with pytest.raises(ValueError, match="inside a shard_map over"):
         jax.shard_map(
