@@ -277,6 +277,43 @@ def test_sizes_that_do_not_divide():
         distributed_attention(*six, normalizer="sigmoid")
 
 
+def _temporary_bytes(attend, length, has_gradient=False):
+    """Temporary bytes on each device, from the compiled program."""
+    shape = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
+    run = jax.grad(lambda *a: attend(*a).sum(), (0, 1, 2)) if has_gradient else attend
+    compiled = jax.jit(run).lower(shape, shape, shape).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_linear_in_the_length():
+    """At a fixed tile, while the scores of the materialised form take four times as much."""
+    vanilla = functools.partial(attention, implementation="reference")
+    small, large = (_temporary_bytes(vanilla, length) for length in (2048, 4096))
+    assert large >= 3.5 * small
+    for plan, has_gradient in (("queries", False), ("keys", False), ("queries", True)):
+        run = distributed(plan, mask=mask.causal(), implementation="chunked")
+        small, large = (_temporary_bytes(run, x, has_gradient) for x in (8192, 16384))
+        assert large <= 2.3 * small
+        assert large < 16384**2 / 8  # A byte per score would not fit on a device.
+
+
+@SLOW
+def test_long_run():
+    """131,072 tokens on these devices: sampled rows equal float64, scores never exist."""
+    length, h = 2**17, 16
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, length, 1, h), np.float32) for _ in range(3))
+    run = jax.jit(distributed("queries", implementation="chunked")).lower(query, key, value)
+    compiled = run.compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length**2 / 100
+    out = np.asarray(compiled(query, key, value))[0, :, 0]
+    rows = np.concatenate([[0, length - 1], rng.integers(0, length, 30)])
+    scores = query[0, rows, 0].astype(np.float64) @ key[0, :, 0].astype(np.float64).T / h**0.5
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    expected = weights @ value[0, :, 0].astype(np.float64) / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(out[rows], expected, atol=1e-4)
+
+
 def test_example_of_the_module():
     module = importlib.import_module("attnjax.parallel.distributed")
     assert doctest.testmod(module).failed == 0
