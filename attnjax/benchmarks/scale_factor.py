@@ -50,7 +50,7 @@ FIELDS = (
 )  # fmt: skip
 """Columns. `status` is ok, over the limit, out of memory, or (of a length) none fits or not ended.
 `difference` is the largest one to vanilla's output; `device_bytes` are arguments, results and
-temporaries of the program of one device; `longest` is a power of two times the first t."""
+temporaries of the program of one device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,23 +184,37 @@ def measure_time(case: Case, names: Sequence[str], budget: float) -> list[dict[s
 
 
 def find_longest(case: Case, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Double the length until the compiled program exceeds the limit; nothing is run."""
+    """Search the longest sequence whose compiled program keeps the limit; nothing is run.
+
+    The length doubles until it does not fit and is then refined to an eighth of itself.
+    """
     rows = []
     for name in names:
         row = _blank(name, case)
         row["status"] = "none fits"
         length = case.shape.t
-        while length <= LONGEST:
-            trial: dict[str, Any] = {}
-            _compile(name, dataclasses.replace(case.shape, t=length), trial)
-            if trial["device_bytes"] > case.limit_bytes:
-                break
-            row |= {**trial, "longest": length, "status": "ok"}
+        while length <= LONGEST and _fits(name, case, length, row):
             length *= 2
-        else:
+        if length > LONGEST:
             row["status"] = "not ended"
+        elif row["longest"]:
+            start = row["longest"]
+            fits, exceeds = 8, 16
+            while exceeds - fits > 1:
+                middle = (fits + exceeds) // 2
+                is_less = _fits(name, case, start * middle // 8, row)
+                fits, exceeds = (middle, exceeds) if is_less else (fits, middle)
         rows.append(row)
     return rows
+
+
+def _fits(name, case, length, row):
+    trial: dict[str, Any] = {}
+    _compile(name, dataclasses.replace(case.shape, t=length), trial)
+    if trial["device_bytes"] > case.limit_bytes:
+        return False
+    row |= {**trial, "longest": length, "status": "ok"}
+    return True
 
 
 def attend(name: str, shape: Shape) -> tuple[Function, str]:
@@ -329,9 +343,9 @@ def _notes(rows):
             )
     limits = sorted({int(row["limit_bytes"]) for row in rows})
     notes.append(
-        "Lengths: the largest power of two times the first length whose compiled program takes "
-        f"at most {' or '.join(f'{limit / 2**20:g}' for limit in limits)} MiB per device, by its "
-        "own account; not run."
+        "Lengths: the longest sequence, to an eighth, whose compiled program takes at most "
+        f"{' or '.join(f'{limit / 2**20:g}' for limit in limits)} MiB per device by its own "
+        "account; not run."
     )
     differences = [float(row["difference"]) for row in rows if row["difference"] not in ("", None)]
     if differences:

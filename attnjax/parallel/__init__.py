@@ -2,7 +2,8 @@
 """Devices and processes: the only place that names mesh axes."""
 
 from attnjax.parallel.constrain import constrain
-from attnjax.parallel.distributed import distributed_attention, distributed_mesh
+from attnjax.parallel.distributed import distributed_attention
+from attnjax.parallel.distributed_devices import distributed_mesh
 from attnjax.parallel.distributed_layer import attention_layer
 from attnjax.parallel.distributed_plan import DistributedPlan, Machine, plan_distributed
 from attnjax.parallel.mesh import AXES, make_mesh

@@ -7,8 +7,8 @@
               out = psum(w_i out_i) / psum(w_i),        lse = m + log psum(w_i)
 
 Every device runs the core on its part, which never holds the scores whole; gradients go back
-through the same split. Queries are cut into neighbouring parts, so a causal mask leaves the devices
-with different work.
+through the same split (those of a ring keep the share of every step, as much as a gather). Queries
+are cut into neighbouring parts, so a causal mask leaves the devices with different work.
 
     >>> import functools, jax, jax.numpy as jnp
     >>> from attnjax.ops import attention, mask
@@ -26,8 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from attnjax.ops import attention
@@ -45,13 +44,17 @@ from attnjax.ops.mask.algebra import Lowered
 from attnjax.ops.merge import merge_partials, merge_shards
 from attnjax.ops.normalizer import SoftmaxFamily
 from attnjax.ops.partition import vary_alike
-from attnjax.parallel.distributed_mask import EXAMPLES, HEADS, divide_visibility
-from attnjax.parallel.distributed_plan import PLANS, DistributedPlan, named_plan, plan_distributed
+from attnjax.parallel.distributed_devices import (
+    EXAMPLES,
+    HEADS,
+    KEYS,
+    QUERIES,
+    distributed_mesh,
+    find_mesh,
+)
+from attnjax.parallel.distributed_mask import divide_visibility
+from attnjax.parallel.distributed_plan import DistributedPlan, resolve_plan
 from attnjax.typing import Array
-
-QUERIES, KEYS = "queries", "keys"
-DISTRIBUTED_AXES = (EXAMPLES, HEADS, QUERIES, KEYS)
-"""Mesh axes of distributed attention, the last one between nearest devices."""
 
 
 def distributed_attention(
@@ -287,62 +290,6 @@ class Split:
         n, k = self.heads
         head = jax.lax.axis_index(HEADS) * held // (n // k)
         return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
-
-
-def resolve_plan(plan, sizes, devices: int, itemsize: int, memory_limit=None) -> DistributedPlan:
-    """Return a checked plan of a plan, a name of `PLANS`, or None, for `(b, n, k, t, s, h, hv)`.
-
-    Raises:
-      ValueError: it is unknown or does not fit.
-    """
-    b, n, k, t, s, h, hv = sizes
-    if plan is None or plan == "auto":
-        return plan_distributed(
-            b, n, k, t, s, h, devices, itemsize, hv=hv, memory_limit=memory_limit
-        )
-    if isinstance(plan, str):
-        plan = named_plan(plan, devices)
-    if not isinstance(plan, DistributedPlan):
-        raise ValueError(f"plan {plan!r} is unknown; choose from {list(PLANS)} or a plan")
-    return plan.check(b, n, k, t, s, devices)
-
-
-def find_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
-    """Return the mesh, or one of all devices, or the ambient one of devices that are not here.
-
-    Raises:
-      ValueError: it is no mesh, or this is inside a `shard_map`.
-    """
-    ambient = jax.sharding.get_abstract_mesh()
-    if ambient.manual_axes:
-        raise ValueError(
-            f"distributed attention inside a shard_map over {list(ambient.manual_axes)}: call it "
-            "outside, it divides whole arrays itself"
-        )
-    if mesh is None:
-        devices = np.array(jax.devices())
-        kind = getattr(ambient.abstract_device, "device_kind", devices[0].device_kind)
-        if ambient.empty or (ambient.size == devices.size and kind == devices[0].device_kind):
-            return Mesh(devices, ("devices",), axis_types=(AxisType.Auto,))
-        return ambient
-    if not isinstance(mesh, (Mesh, AbstractMesh)):
-        raise ValueError(f"mesh must be a jax.sharding.Mesh or AbstractMesh, got {mesh!r}")
-    return mesh
-
-
-def distributed_mesh(plan: DistributedPlan, mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
-    """Arrange the devices of a mesh, in their order, with the axes `DISTRIBUTED_AXES`.
-
-    Args:
-      plan: checked, for as many devices.
-      mesh: any mesh.
-    """
-    types = (AxisType.Auto,) * len(DISTRIBUTED_AXES)
-    if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(
-            plan.shape, DISTRIBUTED_AXES, axis_types=types, abstract_device=mesh.abstract_device
-        )
-    return Mesh(mesh.devices.reshape(plan.shape), DISTRIBUTED_AXES, axis_types=types)
 
 
 def pad_tokens(x: Array, size: int) -> Array:

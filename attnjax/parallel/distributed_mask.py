@@ -12,9 +12,7 @@ from jax.sharding import PartitionSpec as P
 from attnjax.ops.mask import Mask, Visibility
 from attnjax.ops.mask.algebra import Either, Lowered, Meet
 from attnjax.ops.mask.arrays import Blocks, Dense, PerHead
-
-EXAMPLES, HEADS = "examples", "heads"
-"""Mesh axes over which examples and heads are divided."""
+from attnjax.parallel.distributed_devices import EXAMPLES, HEADS
 
 
 def divide_visibility(

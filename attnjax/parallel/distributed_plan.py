@@ -204,15 +204,33 @@ def factorisations(devices: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def named_plan(name: str, devices: int) -> DistributedPlan:
-    """Return the plan that uses all devices for one kind of split.
+def resolve_plan(
+    plan: DistributedPlan | str | None,
+    sizes: tuple[int, int, int, int, int, int, int],
+    devices: int,
+    itemsize: int,
+    memory_limit: float | None = None,
+) -> DistributedPlan:
+    """Return a checked plan of a plan, a name of `PLANS`, or None for the planner's choice.
+
+    Args:
+      plan: what the caller asked for.
+      sizes: `(b, n, k, t, s, h, hv)`.
+      devices, itemsize, memory_limit: as in `plan_distributed`.
 
     Raises:
-      ValueError: the name is unknown.
+      ValueError: it is unknown or does not fit.
     """
-    if name not in PLANS[1:]:
-        raise ValueError(f"plan {name!r} is unknown; choose from {list(PLANS)} or a plan")
-    return DistributedPlan(**{name: devices})
+    b, n, k, t, s, h, hv = sizes
+    if plan is None or plan == "auto":
+        return plan_distributed(
+            b, n, k, t, s, h, devices, itemsize, hv=hv, memory_limit=memory_limit
+        )
+    if isinstance(plan, str) and plan in PLANS:
+        plan = DistributedPlan(**{plan: devices})
+    if not isinstance(plan, DistributedPlan):
+        raise ValueError(f"plan {plan!r} is unknown; choose from {list(PLANS)} or a plan")
+    return plan.check(b, n, k, t, s, devices)
 
 
 def _rank(plan):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from attnjax.ops import EMPTY_LSE, attention, mask
+from attnjax.ops import EMPTY_LSE, attention, mask, pallas_tpu
 from attnjax.ops.normalizers import KeyValueBias, SinkLogit
+from attnjax.ops.pallas_tpu_tile import Chip
 from attnjax.parallel import DistributedPlan, distributed_attention, make_mesh
 from attnjax.parallel.distributed_plan import factorisations
 
@@ -237,6 +238,20 @@ def test_lowers_for_devices_that_are_not_there():
     run = jax.jit(distributed(None, mesh=mesh, mask=mask.causal(), implementation="chunked"))
     text = run.trace(shape, shape, shape).lower(lowering_platforms=("tpu",)).as_text()
     assert '"heads"=16' in text and '"queries"=16' in text
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_kernels_inside(exchange, monkeypatch):
+    """TPU kernels pass the check of varying axes, forward and backward (emulated ones do not)."""
+    monkeypatch.setattr(pallas_tpu, "find_chip", lambda: Chip(5, 2**27, 2**20))
+    shape = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    plan = DistributedPlan(2, 2, 2, exchange=exchange)
+    run = distributed(plan, mask=mask.causal(), implementation="pallas_tpu")
+    loss = lambda *inputs: run(*inputs).astype(jnp.float32).sum()
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape, shape, shape)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    # The ring attends its own share apart from those that arrive.
+    assert text.count("tpu_custom_call") == {"gather": 2, "ring": 4}[exchange]
 
 
 @pytest.mark.parametrize(
