@@ -155,15 +155,24 @@ def masks():
     }
 
 
-@pytest.mark.parametrize("examples", [2, pytest.param(1, marks=SLOW)])
-def test_masks(examples):
+@pytest.mark.parametrize(
+    ("examples", "implementation"),
+    [
+        (2, "chunked"),
+        pytest.param(1, "chunked", marks=SLOW),
+        pytest.param(2, "reference", marks=SLOW),
+        pytest.param(1, "reference", marks=SLOW),
+    ],
+)
+def test_masks(examples, implementation):
     """Two ways over examples (or none), two over heads, two over queries, the rest over keys."""
     *inputs, _, _ = arrays()
     plan = DistributedPlan(2 * examples, 2, 2 // examples, examples)
     run = lambda attend: jax.jit(
         lambda *inputs: {name: attend(*inputs, mask=seen) for name, seen in masks().items()}
     )(*inputs)
-    found, expected = run(distributed(plan)), run(attention)
+    found = run(distributed(plan, implementation=implementation))
+    expected = run(attention)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], atol=FORWARD, err_msg=name)
 
@@ -240,7 +249,7 @@ def test_lowers_for_devices_that_are_not_there():
     assert '"heads"=16' in text and '"queries"=16' in text
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("exchange", ["gather", pytest.param("ring", marks=SLOW)])
 def test_kernels_inside(exchange, monkeypatch):
     """TPU kernels pass the check of varying axes, forward and backward (emulated ones do not)."""
     monkeypatch.setattr(pallas_tpu, "find_chip", lambda: Chip(5, 2**27, 2**20))

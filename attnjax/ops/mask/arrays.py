@@ -126,7 +126,7 @@ class Blocks(Mask):
         # Exact without the dense mask: a tile sees the blocks between its first and last position.
         rows = _incidence(self.query_blocks, self.kept.shape[2], block_q)
         columns = _incidence(self.key_blocks, self.kept.shape[3], block_k)
-        xp = np if isinstance(self.kept, np.ndarray) else jnp
+        xp = np if all(isinstance(x, np.ndarray) for x in (self.kept, rows, columns)) else jnp
         kept = self.kept.astype(np.float32)
         hits = xp.einsum("Ii,bnij,Jj->bnIJ", rows, kept, columns)
         most = xp.einsum("Ii,Jj->IJ", rows, columns)
@@ -225,9 +225,12 @@ class QueryLengths(Mask):
 
 def _incidence(blocks_of, count, size):
     """1 where a tile of `size` positions touches a block, float32 `[tiles, count]`."""
-    positions = np.asarray(blocks_of)
-    touched = np.zeros((math.ceil(len(positions) / size), count), np.float32)
-    touched[np.arange(len(positions)) // size, positions] = 1
+    tile = np.arange(len(blocks_of)) // size
+    shape = (math.ceil(len(blocks_of) / size), count)
+    if not isinstance(blocks_of, np.ndarray):
+        return jnp.zeros(shape, jnp.float32).at[tile, blocks_of].set(1)
+    touched = np.zeros(shape, np.float32)
+    touched[tile, blocks_of] = 1
     return touched
 
 
