@@ -74,12 +74,12 @@ def test_equals_the_unsharded_layer(ways, examples, k, has_bias):
 def test_takes_the_parameters_of_the_module_and_sums_once():
     _, x, _ = inputs()
     module = MultiHeadAttention(num_heads=N)
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
     layer = jax.jit(lambda params, x: attention_layer(params, x, "heads", mesh))
     compiled = layer.lower(variables["params"], x).compile()
     np.testing.assert_allclose(
-        compiled(variables["params"], x), module.apply(variables, x), atol=FORWARD
+        compiled(variables["params"], x), jax.jit(module.apply)(variables, x), atol=FORWARD
     )
     # Two ways over examples, two over heads: one sum of activations and nothing else.
     program = jax.make_jaxpr(layer)(variables["params"], x)
