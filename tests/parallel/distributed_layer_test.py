@@ -46,7 +46,7 @@ def plain(params, x, seen):
     ("ways", "examples", "k", "has_bias"),
     [
         ((4, 2, 1), 1, 4, True),
-        ((4, 1, 2), 2, 1, False),
+        pytest.param((4, 1, 2), 2, 1, False, marks=pytest.mark.slow),
         pytest.param((4, 2, 1), 1, 2, True, marks=pytest.mark.slow),
         pytest.param((2, 2, 2), 2, 4, True, marks=pytest.mark.slow),
         pytest.param((8, 1, 1), 2, 4, True, marks=pytest.mark.slow),

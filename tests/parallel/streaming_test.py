@@ -26,7 +26,7 @@ def arrays(s=S, t=T):
     return [rng.standard_normal(shape, np.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize(("tile", "prefetch"), [(16, 2), (7, 5), (1000, 1)])
+@pytest.mark.parametrize(("tile", "prefetch"), [(16, 2), (1000, 1), pytest.param(7, 5, marks=SLOW)])
 def test_equals_attention(tile, prefetch):
     """The last tile is shorter, or there is one only."""
     inputs = arrays()
@@ -39,12 +39,7 @@ def test_equals_attention(tile, prefetch):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "ids",
-        "lengths",
-        "function",
-        *(pytest.param(x, marks=SLOW) for x in ("full", "dense", "nothing")),
-    ],
+    ["ids", *(pytest.param(x, marks=SLOW) for x in ("full", "lengths", "dense", "function", "no"))],
 )
 def test_masks(name):
     rng = np.random.default_rng(1)
@@ -54,7 +49,7 @@ def test_masks(name):
         "lengths": mask.padding(np.array([3, 50])),
         "dense": rng.random((B, N, T, S)) < 0.2,
         "function": mask.predicate(lambda q, k: (q + k) % 3 == 0) & mask.causal(),
-        "nothing": mask.padding(np.array([0, 0])),
+        "no": mask.padding(np.array([0, 0])),
     }[name]
     inputs = arrays()
     options = {"mask": seen, "return_lse": True, "normalizer": SinkLogit(jnp.arange(4.0))}
