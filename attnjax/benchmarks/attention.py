@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from attnjax.benchmarks.contestants import CONTESTANTS, MASKS, Case, Torch, with_backward
+from attnjax.benchmarks.figures import draw_attention
 from attnjax.timing import Timing, alternate
 
 # b, t, n, k, h
@@ -225,6 +226,12 @@ def _append(path, rows):
         if is_new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def draw(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draw rows into a folder; return the files."""
+    path = folder / "results.png"
+    return [path] if draw_attention(rows, path) else []
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
