@@ -3,10 +3,15 @@
 
 from attnjax.parallel.constrain import constrain
 from attnjax.parallel.context import context_attention, dispatch, plan_context, undispatch
-from attnjax.parallel.distributed import distributed_attention
-from attnjax.parallel.distributed_devices import distributed_mesh
-from attnjax.parallel.distributed_layer import attention_layer
-from attnjax.parallel.distributed_plan import DistributedPlan, Machine, plan_distributed
+from attnjax.parallel.distributed import (
+    DistributedPlan,
+    Machine,
+    attention_layer,
+    distributed_attention,
+    distributed_mesh,
+    plan_distributed,
+    streamed_attention,
+)
 from attnjax.parallel.mesh import AXES, make_mesh
 from attnjax.parallel.rules import (
     DEFAULT_AXES,
@@ -15,7 +20,6 @@ from attnjax.parallel.rules import (
     replicated,
     tree_shardings,
 )
-from attnjax.parallel.streaming import streamed_attention
 
 __all__ = [
     "AXES",

@@ -13,7 +13,7 @@ from attnjax.ops import EMPTY_LSE, attention, mask
 from attnjax.ops.normalizers import SinkLogit
 from attnjax.parallel import streamed_attention
 
-streaming = importlib.import_module("attnjax.parallel.streaming")
+streaming = importlib.import_module("attnjax.parallel.distributed.streaming")
 B, T, S, N, K, H, HV = 2, 9, 50, 4, 2, 8, 6
 SLOW = pytest.mark.slow
 FORWARD = 1e-5

@@ -15,7 +15,7 @@ from attnjax.ops import EMPTY_LSE, attention, mask, pallas_tpu
 from attnjax.ops.normalizers import KeyValueBias, SinkLogit
 from attnjax.ops.pallas_tpu_tile import Chip
 from attnjax.parallel import DistributedPlan, distributed_attention, make_mesh
-from attnjax.parallel.distributed_plan import factorisations
+from attnjax.parallel.distributed.plan import factorisations
 
 B, N, T, S, H, HV = 2, 4, 37, 45, 8, 6
 FORWARD = 1e-5
@@ -354,5 +354,5 @@ def test_long_run():
 
 
 def test_example_of_the_module():
-    module = importlib.import_module("attnjax.parallel.distributed")
+    module = importlib.import_module("attnjax.parallel.distributed.attention")
     assert doctest.testmod(module).failed == 0

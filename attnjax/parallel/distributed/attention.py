@@ -44,7 +44,7 @@ from attnjax.ops.mask.algebra import Lowered
 from attnjax.ops.merge import merge_partials, merge_shards
 from attnjax.ops.normalizer import SoftmaxFamily
 from attnjax.ops.partition import vary_alike
-from attnjax.parallel.distributed_devices import (
+from attnjax.parallel.distributed.devices import (
     EXAMPLES,
     HEADS,
     KEYS,
@@ -52,8 +52,8 @@ from attnjax.parallel.distributed_devices import (
     distributed_mesh,
     find_mesh,
 )
-from attnjax.parallel.distributed_mask import divide_visibility
-from attnjax.parallel.distributed_plan import DistributedPlan, resolve_plan
+from attnjax.parallel.distributed.mask import divide_visibility
+from attnjax.parallel.distributed.plan import DistributedPlan, resolve_plan
 from attnjax.typing import Array
 
 

@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from attnjax.ops.mask import Mask
-from attnjax.parallel.distributed import Split, pad_tokens
-from attnjax.parallel.distributed_devices import EXAMPLES, HEADS, QUERIES, find_mesh
-from attnjax.parallel.distributed_plan import DistributedPlan
+from attnjax.parallel.distributed.attention import Split, pad_tokens
+from attnjax.parallel.distributed.devices import EXAMPLES, HEADS, QUERIES, find_mesh
+from attnjax.parallel.distributed.plan import DistributedPlan
 from attnjax.typing import Array
 
 

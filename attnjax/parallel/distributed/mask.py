@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from attnjax.ops.mask import Mask, Visibility
 from attnjax.ops.mask.algebra import Either, Lowered, Meet
 from attnjax.ops.mask.arrays import Blocks, Dense, PerHead
-from attnjax.parallel.distributed_devices import EXAMPLES, HEADS
+from attnjax.parallel.distributed.devices import EXAMPLES, HEADS
 
 
 def divide_visibility(

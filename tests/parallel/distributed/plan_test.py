@@ -4,7 +4,7 @@
 import pytest
 
 from attnjax.parallel import DistributedPlan, Machine, plan_distributed
-from attnjax.parallel.distributed_plan import factorisations, head_splits
+from attnjax.parallel.distributed.plan import factorisations, head_splits
 
 LONG = 2**16
 """Tokens whose attention takes longer than the exchange of keys."""

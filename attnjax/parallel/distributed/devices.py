@@ -5,7 +5,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from attnjax.parallel.distributed_plan import DistributedPlan
+from attnjax.parallel.distributed.plan import DistributedPlan
 
 EXAMPLES, HEADS, QUERIES, KEYS = "examples", "heads", "queries", "keys"
 DISTRIBUTED_AXES = (EXAMPLES, HEADS, QUERIES, KEYS)
