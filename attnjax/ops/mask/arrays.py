@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.ops.mask.algebra import Lowered, Mask, register
-from attnjax.ops.mask.visibility import EMPTY, FULL, PARTIAL, Visibility, normalise
+from attnjax.ops.mask.visibility import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Visibility,
+    count_visible,
+    normalise,
+)
 
 
 @register(("lower", "upper"))
@@ -133,6 +140,17 @@ class Blocks(Mask):
         kinds = xp.where(hits == most, FULL, xp.where(hits == 0, EMPTY, PARTIAL)).astype(np.int8)
         return xp.repeat(kinds, self.heads_per_map, axis=1)
 
+    def visible_keys_bnt(self, t, s):
+        xp = np if isinstance(self.kept, np.ndarray) else jnp
+        count = self.kept.shape[3]
+        sizes = xp.zeros(count, np.int32) + (
+            np.bincount(self.key_blocks, minlength=count)
+            if isinstance(self.key_blocks, np.ndarray)
+            else jnp.bincount(self.key_blocks, length=count)
+        )
+        seen = xp.where(self.kept, sizes, 0).sum(axis=-1, dtype=np.int32)[:, :, self.query_blocks]
+        return xp.repeat(seen, self.heads_per_map, axis=1)
+
     def _pick(self, rows, columns):
         xp = np if isinstance(self.kept, np.ndarray) and isinstance(rows, np.ndarray) else jnp
         kept = xp.asarray(self.kept)[:, :, rows][:, :, :, columns]
@@ -161,11 +179,76 @@ class Predicate(Mask):
     def pad(self, t, s, to_t, to_s):
         return self
 
+    def block_map_bnij(self, t, s, block_q, block_k):
+        if not (isinstance(self.query_start, int) and isinstance(self.key_start, int)):
+            return super().block_map_bnij(t, s, block_q, block_k)
+        # A row of tiles at a time: memory is linear in the keys.
+        rows = []
+        for first in range(0, t, block_q):
+            count = min(block_q, t - first)
+            strip = Predicate(self.function, self.query_start + first, self.key_start)
+            rows.append(Mask.block_map_bnij(strip, count, s, block_q, block_k))
+        return np.concatenate(rows, axis=2)
+
     def tile(self, query_start, key_start, rows, columns):
         query = self.query_start + query_start + jnp.arange(rows, dtype=jnp.int32)[:, None]
         key = self.key_start + key_start + jnp.arange(columns, dtype=jnp.int32)[None]
         visible = jnp.broadcast_to(self.function(query, key), (rows, columns))
         return visible.astype(bool)[None, None]
+
+
+@register(("lower", "upper", "query_start"))
+class HiddenRows(Mask):
+    """Key c is hidden from the queries of some ranges [lower[r, c], upper[r, c]), int32 `[r, s]`.
+
+    `query_start` is the number of the first query.
+    """
+
+    lower: Any
+    upper: Any
+    query_start: Any = 0
+
+    def visibility(self, t, s):
+        self._check(s)
+        return Visibility(rest=self)
+
+    def dense_bnts(self, t, s):
+        self._check(s)
+        return self._see(t, self.lower, self.upper, 0)
+
+    def window(self, query_start, queries, key_start, keys, t, s):
+        bounds = (_slice_axis(x, key_start, keys, 1) for x in (self.lower, self.upper))
+        return HiddenRows(*bounds, self.query_start + query_start)
+
+    def pad(self, t, s, to_t, to_s):
+        xp = np if isinstance(self.lower, np.ndarray) else jnp
+        bounds = (xp.pad(x, ((0, 0), (0, to_s - s))) for x in (self.lower, self.upper))
+        return HiddenRows(*bounds, self.query_start)
+
+    def tile(self, query_start, key_start, rows, columns):
+        bounds = (_slice_axis(x, key_start, columns, 1) for x in (self.lower, self.upper))
+        return jnp.asarray(self._see(rows, *bounds, query_start))
+
+    def block_map_bnij(self, t, s, block_q, block_k):
+        # Rows and columns change places: a column hides what an interval of a row would show.
+        bounds = [x[None, None] - self.query_start for x in (self.lower, self.upper)]
+        hidden = count_visible(*normalise(*bounds, t), t, block_k, block_q).swapaxes(2, 3)
+        rows = np.minimum(block_q, t - np.arange(0, t, block_q))[:, None]
+        columns = np.minimum(block_k, s - np.arange(0, s, block_k))
+        xp = np if isinstance(hidden, np.ndarray) else jnp
+        kinds = xp.where(hidden == 0, FULL, xp.where(hidden == rows * columns, EMPTY, PARTIAL))
+        return kinds.astype(np.int8)
+
+    def _check(self, s):
+        if self.lower.shape[-1] != s:
+            raise ValueError(f"columns are given for {self.lower.shape[-1]} keys, not for {s}")
+
+    def _see(self, rows, lower, upper, query_start):
+        parts = (lower, upper, query_start, self.query_start)
+        xp = np if all(isinstance(x, (np.ndarray, int)) for x in parts) else jnp
+        row = self.query_start + query_start + xp.arange(rows, dtype=np.int32)[:, None]
+        hidden = (row >= lower[:, None]) & (row < upper[:, None])
+        return ~hidden.any(axis=0)[None, None]
 
 
 @register(("masks",))
@@ -198,6 +281,14 @@ class PerHead(Mask):
 
     def dense_bnts(self, t, s):
         return _stack_heads([mask.dense_bnts(t, s) for mask in self.masks])
+
+    def visible_keys_bnt(self, t, s):
+        parts = [mask.visibility(t, s).visible_keys(t, s) for mask in self.masks]
+        return _stack_heads([part[..., None] for part in parts])[..., 0]
+
+    def block_map_bnij(self, t, s, block_q, block_k):
+        parts = [mask.visibility(t, s) for mask in self.masks]
+        return _stack_heads([part.block_map(t, s, block_q, block_k) for part in parts])
 
     def pad(self, t, s, to_t, to_s):
         return PerHead(tuple(mask.pad(t, s, to_t, to_s) for mask in self.masks))
