@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure speed: python -m launch.benchmark --suite=attention --out=DIR
-or --suite=training --config=FILE [--peer=timm]
+or --suite=long_context --out=DIR, or --suite=training --config=FILE [--peer=timm]
 
 attention: implementations and installed peers in turns; results.csv (resumable) and results.png.
+long_context: LongCA-bench, kernels and context-parallel attentions; likewise, and its own tables.
 With --tune: tile sizes of our implementations in turns; tuning.json, see attnjax/ops/tuning.py.
 training: a recipe's step and forward pass, its data pipeline, and a peer in turns.
 Progress goes to stderr, a table to stdout.
 """
 
+import importlib
 import json
 import pathlib
 import sys
@@ -17,17 +19,21 @@ from absl import flags
 from attnjax.errors import RecipeError
 from launch import command
 
-SUITES = ("attention", "training")
+GRIDS = {
+    "attention": "attnjax.benchmarks.attention",
+    "long_context": "attnjax.benchmarks.long_context.suite",
+}
+SUITES = (*GRIDS, "training")
 CONFIG = command.define_config()
 SUITE = flags.DEFINE_string("suite", None, "What to measure: " + ", ".join(SUITES) + ".")
-SHAPES = flags.DEFINE_string("shapes", "standard", "attention: quick, standard or long.")
-ONLY = flags.DEFINE_string("only", "", "attention: pattern of cells, such as chunked/causal/.*")
+SHAPES = flags.DEFINE_string("shapes", "standard", "Name of a grid, such as quick or standard.")
+ONLY = flags.DEFINE_string("only", "", "Pattern of cells, such as chunked/causal/.*")
 PEER = flags.DEFINE_string("peer", "", "training: also measure the model in this library (timm).")
 DATA = flags.DEFINE_bool("data", True, "training: also measure the data pipeline alone.")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "Time for each comparison.")
-OUT = flags.DEFINE_string("out", "", "attention: folder; training: JSON-lines file to append to.")
+OUT = flags.DEFINE_string("out", "", "Folder; training: JSON-lines file to append to.")
 TUNE = flags.DEFINE_bool("tune", False, "attention: find the fastest tiles instead.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "attention: list the cells, measure nothing.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the cells, measure nothing.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
 
 
@@ -36,15 +42,16 @@ def main() -> None:
 
     if SUITE.value not in SUITES:
         raise RecipeError(f"--suite={SUITE.value}: {registry.nearest(SUITE.value or '', SUITES)}")
-    {"attention": attention, "training": training}[SUITE.value]()
+    training() if SUITE.value == "training" else cells()
 
 
-def attention() -> None:
-    """Run the attention suite."""
-    from attnjax.benchmarks import attention as suite
+def cells() -> None:
+    """Run a suite of cells."""
     from attnjax.benchmarks import tune as tuner
-    from attnjax.benchmarks.figures import draw_attention
 
+    suite = importlib.import_module(GRIDS[SUITE.value])
+    if TUNE.value and SUITE.value != "attention":
+        raise RecipeError("--tune belongs to --suite=attention")
     try:
         cases = suite.grid(SHAPES.value, ONLY.value)
     except ValueError as error:
@@ -55,14 +62,14 @@ def attention() -> None:
     if not OUT.value:
         raise RecipeError("--out is missing: the folder for the files of results")
     folder = pathlib.Path(OUT.value)
-    table = _writable(str(folder / ("tuning.json" if TUNE.value else "results.csv")))
+    table = command.writable(str(folder / ("tuning.json" if TUNE.value else "results.csv")))
     command.start_devices("", 0, -1, CPU_DEVICES.value)
     say = lambda line: print(line, file=sys.stderr, flush=True)
     if TUNE.value:
         print(tuner.render(tuner.tune(cases, table, budget=SECONDS.value, say=say), table))
         return
     rows = suite.run(cases, table, budget=SECONDS.value, say=say)
-    draw_attention(rows, folder / "results.png")
+    suite.draw(rows, folder)
     print(suite.render(rows))
 
 
@@ -74,7 +81,7 @@ def training() -> None:
 
         raise RecipeError("--config is missing; recipes: " + ", ".join(available()))
     recipe.validate()
-    out = _writable(OUT.value)
+    out = command.writable(OUT.value)
     command.start_devices("", 0, -1, CPU_DEVICES.value)
     from attnjax.train.throughput import measure, render
 
@@ -83,17 +90,6 @@ def training() -> None:
         with out.open("a") as file:
             file.write(json.dumps({"suite": "training", **record}) + "\n")
     print(render(record))
-
-
-def _writable(path):
-    if not path:
-        return None
-    try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(path).open("a").close()
-    except OSError as error:
-        raise RecipeError(f"--out: {path} cannot be written: {error}") from error
-    return pathlib.Path(path)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 import contextlib
 import logging
 import os
+import pathlib
 import sys
 import threading
 import traceback
@@ -136,3 +137,19 @@ def start_devices(coordinator: str, process_count: int, process_id: int, cpu_dev
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     initialise(coordinator, process_count, process_id)
+
+
+def writable(path: str) -> pathlib.Path | None:
+    """Return the file of --out after making its folder and the file; None for an empty path.
+
+    Raises:
+      RecipeError: it cannot be written.
+    """
+    if not path:
+        return None
+    try:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(path).open("a").close()
+    except OSError as error:
+        raise RecipeError(f"--out: {path} cannot be written: {error}") from error
+    return pathlib.Path(path)

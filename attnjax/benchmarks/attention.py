@@ -26,6 +26,7 @@ from attnjax.benchmarks.contestants import (
     Torch,
     with_backward,
 )
+from attnjax.benchmarks.figures import draw_attention
 from attnjax.benchmarks.turns import Protocol
 
 # b, t, n, k, h
@@ -146,7 +147,7 @@ def measure(
     contestants = CONTESTANTS if contestants is None else contestants
     rows = {name: _blank(name, case) for name in names}
     runners = {}
-    arrays = case.arrays()
+    arrays = functools.cache(case.arrays)
     for name in names:
         make = (
             functools.partial(torch.prepare, case)
@@ -176,15 +177,15 @@ def _blank(name, case):
 
 def _compile(contestant, case, arrays, row):
     """Compile a contestant; return a function that runs it once and returns the seconds."""
-    *inputs, cotangent = arrays
     attend = contestant(case)
+    *inputs, cotangent = arrays()
     if case.direction == "backward":
         # What the forward pass leaves is an argument.
         out, pull = jax.jit(functools.partial(jax.vjp, attend))(*inputs)
         run = lambda pull, cotangent: pull(cotangent.astype(out.dtype))
         return turns.compiled(run, (pull, cotangent), row)
     if case.direction == "both":
-        return turns.compiled(with_backward(attend), arrays, row)
+        return turns.compiled(with_backward(attend), arrays(), row)
     return turns.compiled(attend, inputs, row)
 
 
@@ -193,6 +194,12 @@ def row_cell(row: dict[str, Any]) -> str:
     numbers = {name: int(row[name]) for name in "btnkh"}
     case = Case(row["mask"], row["dtype"], direction=row["direction"], **numbers)
     return cell(row["contestant"], case)
+
+
+def draw(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draw rows into a folder; return the files."""
+    path = folder / "results.png"
+    return [path] if draw_attention(rows, path) else []
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
