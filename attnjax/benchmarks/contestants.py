@@ -94,7 +94,7 @@ class Case:
         )
 
 
-Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Function = Callable[..., Any]
 
 
 def with_backward(attend: Function) -> Callable[..., Any]:
@@ -107,12 +107,24 @@ def with_backward(attend: Function) -> Callable[..., Any]:
     return both
 
 
-def ours(implementation: str) -> Callable[[Case], Function]:
-    """Return the contestant of one of our implementations."""
+def ours(
+    implementation: str | None, see: Callable[[Case], mask.Mask] = lambda case: case.make_mask()
+) -> Callable[[Case], Function]:
+    """Return the contestant of one of our implementations.
+
+    Args:
+      implementation: as `attention` takes it.
+      see: makes the mask of a case in the form that the contestant is given it.
+
+    Returns:
+      The contestant, whose functions also take the options of `attention` by name.
+    """
 
     def make(case: Case) -> Function:
-        seen = case.make_mask()
-        return lambda q, k, v: attention(q, k, v, mask=seen, implementation=implementation)
+        seen = see(case)
+        return lambda q, k, v, **options: attention(
+            q, k, v, mask=seen, implementation=implementation, **options
+        )
 
     return make
 

@@ -8,12 +8,14 @@ knows is refused by the implementation itself. Both end as the status of a cell.
 import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from attnjax.benchmarks.contestants import Function, jax_nn, ours
 from attnjax.benchmarks.long_context import layouts, patterns
 from attnjax.benchmarks.long_context.cases import LongCase
 from attnjax.benchmarks.long_context.patterns import PATTERNS, STATIC
 from attnjax.benchmarks.turns import check_memory
-from attnjax.ops import attention, mask
+from attnjax.ops import mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +72,31 @@ class Kernel:
         return self.make(case)
 
 
-def _predicate(case: LongCase) -> Function:
+def _predicate(case: LongCase) -> mask.Mask:
     """Visibility as a function of positions, as FlexAttention's mask_mod has it."""
-    seen = mask.predicate(patterns.predicate(case.drawn, case.setting))
-    return lambda q, k, v: attention(q, k, v, mask=seen)
+    return mask.predicate(patterns.predicate(case.drawn, case.setting))
 
 
-def _columns(case: LongCase) -> Function:
+def _columns(case: LongCase) -> mask.Mask:
     """Visibility as row indices for each key, as FlashMask has it."""
-    seen = mask.from_columns(case.make_mask().columns(case.t, case.t))
-    return lambda q, k, v: attention(q, k, v, mask=seen)
+    return mask.from_columns(case.make_mask().columns(case.t, case.t))
+
+
+def _blockwise(see: Callable[[LongCase], mask.Mask]) -> Callable[[LongCase], Function]:
+    """The device's own kernel, or `chunked`; never all scores at once, as small calls have it."""
+
+    def make(case: LongCase) -> Function:
+        has_kernel = jax.default_backend() in ("gpu", "tpu")
+        return ours(None if has_kernel else "chunked", see)(case)
+
+    return make
 
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         Kernel("reference", ours("reference"), is_materialised=True),
-        Kernel("jax.nn", jax_nn, is_materialised=True),
+        Kernel("jax.nn", jax_nn, patterns=STATIC, is_materialised=True),
         Kernel("chunked", ours("chunked")),
         Kernel("pallas_tpu", ours("pallas_tpu")),
         Kernel("pallas_gpu", ours("pallas_gpu"), widest=256),
@@ -98,11 +108,12 @@ KERNELS: dict[str, Kernel] = {
             width_multiple=8,
             widest=256,
         ),
-        Kernel("predicate", _predicate, patterns=STATIC),
-        Kernel("columns", _columns, patterns=STATIC),
+        Kernel("predicate", _blockwise(_predicate), patterns=STATIC),
+        Kernel("columns", _blockwise(_columns), patterns=STATIC),
     )
 }
-"""Kernels of one device; PyTorch's fused attention is the contestant "torch"."""
+"""Kernels of one device; PyTorch's fused attention is the contestant "torch". Rows without keys,
+which block-sparse masks may have, are not 0 for `jax.nn`."""
 
 
 @dataclasses.dataclass(frozen=True)
