@@ -9,9 +9,12 @@ already holds are not measured again.
 
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import pathlib
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +39,7 @@ SHAPES = {
         (4, 512, 8, 8, 64), (1, 2048, 8, 8, 64), (1, 8192, 8, 8, 64), (1, 2048, 8, 2, 128),
     ),
     "long": ((1, 8192, 8, 8, 64), (1, 16384, 16, 16, 128), (1, 32768, 16, 16, 128)),
+    "ladder": tuple((1, 2**i, 8, 8, 64) for i in range(10, 15)),
 }  # fmt: skip
 """Named sets of shapes."""
 
@@ -220,5 +224,40 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
             text = f"{float(row['median_ms']):.2f}" if status == "ok" else status[:7]
             cells.append(f"{text:>13}")
         lines.append(f"{case:{width}}" + "".join(cells))
+    lines += growth(rows)
     refusals = sorted({r["status"] for r in rows if r["status"].startswith("refused")})
     return "\n".join([*lines, *(f"  {text}" for text in refusals)])
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each contestant and case measured at three lengths or more.
+
+    It says how well a straight line fits its time over the length, and the largest growth of its
+    time and of its temporary memory, for each doubling of the length.
+    """
+    series: dict[str, dict[int, tuple[float, float]]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["temporary_bytes"] != "":
+            sizes = "x".join(str(row[name]) for name in "bnkh")
+            name = f"{row['contestant']}/{row['mask']}/{row['dtype']}/{sizes}/{row['direction']}"
+            point = float(row["median_ms"]), float(row["temporary_bytes"])
+            series.setdefault(name, {})[int(row["t"])] = point
+    lines = []
+    for name, points in series.items():
+        if len(points) < 3:
+            continue
+        lengths = sorted(points)
+        times = [points[t][0] for t in lengths]
+        fit = statistics.correlation(lengths, times) ** 2
+        steepest = [
+            max(
+                (points[b][i] / points[a][i]) ** (1 / math.log2(b / a))
+                for a, b in itertools.pairwise(lengths)
+            )
+            for i in (0, 1)
+        ]
+        lines.append(
+            f"  {name} from {lengths[0]} to {lengths[-1]}: R^2 of time over length {fit:.4f}; "
+            f"by doubling at most time x {steepest[0]:.2f}, memory x {steepest[1]:.2f}"
+        )
+    return lines

@@ -24,6 +24,7 @@ MASKS: dict[str, Callable[[int], mask.Mask]] = {
     "full": lambda t: mask.full(),
     "causal": lambda t: mask.causal(),
     "window": lambda t: mask.sliding_window(max(1, t // 16), 0),
+    "window_256": lambda t: mask.sliding_window(256, 0),
     "documents": lambda t: mask.documents(_parts(t, (5, 1, 3, 2, 4, 1)), causal=True),
     "prefix": lambda t: mask.prefix_lm(t // 4),
     "shared_question": lambda t: mask.share_question(_parts(t, (2, 3, 3, 4, 4))),

@@ -24,6 +24,7 @@ import numpy as np
 
 from attnjax.ops import mask as masks
 from attnjax.ops.bias import Bias
+from attnjax.ops.dropout import Place
 from attnjax.ops.mask import Mask, Visibility
 from attnjax.ops.normalizer import EMPTY_LSE, Elementwise, Normalizer, Rowwise, SoftmaxFamily
 from attnjax.ops.normalizers import NORMALIZERS
@@ -40,7 +41,10 @@ IMPLEMENTATIONS = {
     "pallas_gpu": "attnjax.ops.pallas_gpu",
     "cudnn": "attnjax.ops.cudnn",
 }
-"""Name -> module whose `attend(call)` serves a call or raises NotImplementedError."""
+"""Name -> module whose `attend(call)` serves a call or raises NotImplementedError.
+
+Its `gradients(call, results, cotangents)` does what `serve_gradients` says, or refuses, too.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +95,9 @@ class Call:
       dropout_rate: in [0, 1).
       dropout_key: typed key; None exactly when the rate is 0.
       tuning: where implementations look for measured tile sizes.
+      is_partial: whether this is a part of a larger call: outputs and gradients come in
+        `statistics_dtype`, to be merged.
+      place: where the part lies in the larger call, for dropout; None: it is the whole.
     """
 
     query: Array
@@ -110,6 +117,13 @@ class Call:
     dropout_rate: float
     dropout_key: PRNGKey | None
     tuning: Tuning = DEFAULT
+    is_partial: bool = False
+    place: Place | None = None
+
+    @property
+    def out_dtype(self) -> jnp.dtype:
+        """Dtype of the output: that of the query, or `statistics_dtype` for a part."""
+        return self.statistics_dtype if self.is_partial else self.query.dtype
 
     @property
     def scores_shape(self) -> tuple[int, int, int, int]:
@@ -128,7 +142,7 @@ class Call:
         Args:
           name: of the implementation.
           *unserved: among "bias", "bias objects", "softcap", "normalizer", "return_lse",
-            "return_probabilities", "return_scores", "statistics", "edit", "dropout".
+            "return_probabilities", "return_scores", "statistics", "edit", "dropout", "place".
         """
         used = {
             "bias": self.bias is not None,
@@ -141,6 +155,7 @@ class Call:
             "statistics": bool(self.statistics),
             "edit": self.edit is not None,
             "dropout": self.dropout_rate > 0,
+            "place": self.dropout_rate > 0 and self.place is not None,
         }
         for option in unserved:
             if used[option]:
@@ -160,7 +175,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     normalizer: str | Normalizer = "softmax",
-    implementation: str | None = None,
+    implementation: str | Callable[[Call], AttentionOutput] | None = None,
     return_lse: bool = False,
     return_probabilities: bool | Sequence[int] = False,
     return_scores: bool | Sequence[int] = False,
@@ -189,7 +204,8 @@ def attention(
       scale: factor of the raw scores; `h ** -0.5` if None.
       softcap: replaces scaled scores `x` by `softcap * tanh(x / softcap)`.
       normalizer: a name in `NORMALIZERS`, or a normalizer with its parameters.
-      implementation: one of `IMPLEMENTATIONS`; None chooses the fastest that serves the call.
+      implementation: one of `IMPLEMENTATIONS`, or a function that serves the checked call as one
+        of them would; None chooses the fastest that serves the call.
       return_lse: also return the log-sum-exp of every row (softmax and its relatives only), the
         extra logit of a relative included.
       return_probabilities: also return the weights (before dropout and gates); True, or the query
@@ -215,7 +231,7 @@ def attention(
       NotImplementedError: the named implementation refuses; the message is its reason.
       ExceptionGroup: nothing was named and every implementation refuses; one reason each.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if isinstance(implementation, str) and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation {implementation!r} is unknown; choose from {list(IMPLEMENTATIONS)}"
         )
@@ -255,10 +271,7 @@ def attention(
         dropout_key=dropout_key,
         tuning=DEFAULT if tuning is None else tuning,
     )
-    if implementation is None:
-        output = _first_served(automatic_order(call), call)
-    else:
-        output = _attend(implementation, call)
+    output = implementation(call) if callable(implementation) else serve(call, implementation)
     out, lse, probabilities = output.out, output.lse, output.probabilities
     if finish is not None:
         finished = finish(lse=lse)
@@ -317,29 +330,69 @@ def _platform() -> str:
     return "tpu" if is_tpu else jax.default_backend()
 
 
-def _first_served(names: tuple[str, ...], call: Call) -> AttentionOutput:
+def serve(call: Call, implementation: str | None = None) -> AttentionOutput:
+    """Let an implementation serve a call: the named one, or the first that does.
+
+    Raises:
+      NotImplementedError: the named implementation refuses; the message is its reason.
+      ExceptionGroup: nothing was named and every implementation refuses; one reason each.
+    """
+    return _first_served(call, implementation, lambda module: module.attend(call))
+
+
+def serve_gradients(
+    call: Call,
+    results: tuple[Array, Array],
+    cotangents: tuple[Array, Array],
+    implementation: str | None = None,
+) -> tuple[Array, Array, Array, Any]:
+    """Return what the keys of a part contribute to the gradients of a larger softmax attention.
+
+    With weights p = exp(scores - lse) of the larger call, restricted to these keys,
+
+        dscores = p * (dout . value - sum_h(dout out) + dlse)
+
+    Args:
+      call: the part, with `is_partial`, as it was served forward.
+      results: `out [b,t,n,hv]` and `lse [b,n,t]` of the larger call, in `statistics_dtype`.
+      cotangents: of both.
+      implementation: one of `IMPLEMENTATIONS`; None chooses the first that can.
+
+    Returns:
+      Gradients of query, key, value in `statistics_dtype`, and of the bias (None without one).
+
+    Raises:
+      NotImplementedError, ExceptionGroup: as `serve`.
+    """
+    return _first_served(
+        call, implementation, lambda module: module.gradients(call, results, cotangents)
+    )
+
+
+def _first_served(call: Call, implementation: str | None, use: Callable) -> Any:
+    if implementation is not None:
+        return use(_module(implementation, call))
     refusals = []
-    for name in names:
+    for name in automatic_order(call):
         try:
-            return _attend(name, call)
+            return use(_module(name, call))
         except NotImplementedError as refusal:
             refusals.append(refusal)
     raise ExceptionGroup("no implementation of attention serves this call", refusals)
 
 
-def _attend(name: str, call: Call) -> AttentionOutput:
+def _module(name: str, call: Call) -> Any:
     if isinstance(call.normalizer, Rowwise) and name != "reference":
         call.refuse(name, "normalizer")
     target = IMPLEMENTATIONS[name]
     try:
-        module = importlib.import_module(target)
+        return importlib.import_module(target)
     except ModuleNotFoundError as error:
         if error.name != target:
             raise
         raise NotImplementedError(
             f"{name}: this version of attnjax does not contain this implementation"
         ) from None
-    return module.attend(call)
 
 
 def check_arrays(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:

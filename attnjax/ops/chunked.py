@@ -61,6 +61,29 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     Raises:
       NotImplementedError: the call asks for something that needs whole rows at once.
     """
+    plan, operands = _prepare(call, tiles)
+    out, lse, sums, collected = _attend_jit(plan, *operands)
+    statistics = {}
+    if call.statistics:
+        statistics = name_statistics(call, plan, *jax.lax.stop_gradient((lse, sums, collected)))
+    return AttentionOutput(out=out, lse=lse if call.return_lse else None, statistics=statistics)
+
+
+def gradients(call: Call, results: tuple, cotangents: tuple, tiles: Tiles | None = None) -> tuple:
+    """Return a part's contribution to gradients, see `attention.serve_gradients`."""
+    call = dataclasses.replace(call, statistics=())
+    call.refuse("chunked: gradients of a part", "normalizer")
+    plan, operands = _prepare(call, tiles)
+    out, lse = results
+    # Of the larger call only the log-sum-exp is known, not the two that it is the sum of.
+    top = lse.swapaxes(1, 2)[..., None]
+    sums = (top, jnp.zeros_like(top), None)
+    _, arrays = vary_alike((operands[:-1], out, sums, cotangents))
+    return _gradients_jit(plan, *arrays)[:4]
+
+
+def _prepare(call: Call, tiles: Tiles | None) -> tuple[Plan, tuple]:
+    """Return the plan of a call and the operands of its passes."""
     call.refuse("chunked", "return_probabilities", "return_scores", "edit")
     (b, n, t, s), key_heads = call.scores_shape, call.key.shape[2]
     if b == 0:
@@ -84,17 +107,13 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
         dropout_rate=call.dropout_rate,
         rule=rule,
         collects=collects,
+        is_partial=call.is_partial,
     )
-    seed = dropout_seed(call.dropout_key) if call.dropout_rate else None
+    seed = (dropout_seed(call.dropout_key), call.place) if call.dropout_rate else None
     mask = plan.prepare_mask(call.visibility)
     operands = (call.query, call.key, call.value, call.bias, row_btn1, mask, seed)
     varying, operands = vary_alike((*operands, collected_operands(call)))
-    plan = dataclasses.replace(plan, varying=varying)
-    out, lse, sums, collected = _attend_jit(plan, *operands)
-    statistics = {}
-    if call.statistics:
-        statistics = name_statistics(call, plan, *jax.lax.stop_gradient((lse, sums, collected)))
-    return AttentionOutput(out=out, lse=lse if call.return_lse else None, statistics=statistics)
+    return dataclasses.replace(plan, varying=varying), operands
 
 
 def choose_tiles(
@@ -206,8 +225,8 @@ def forward(plan: Plan, operands, collected) -> tuple:
     Args:
       plan: sizes and scalars.
       operands: query `[b,t,n,h]`; key `[b,s,k,h]`; value `[b,s,k,hv]`; bias as in `Call`; row
-        parameter of the normalizer `[b,t,n,1]`, or None; a `TiledMask`, or None; seed of dropout,
-        or None.
+        parameter of the normalizer `[b,t,n,1]`, or None; a `TiledMask`, or None; seed and `Place`
+        of dropout, or None.
       collected: what the statistics need besides, from `collected_operands`.
 
     Returns:
@@ -291,7 +310,7 @@ def forward(plan: Plan, operands, collected) -> tuple:
             row_sums = (top, log_total, divisor, extra_logit)
             kept, found = collector.finish(visit, kept, seen, row_sums, sets_u, is_row(j))
             out = sum_bkgth / divisor
-            if normalizer is None:
+            if normalizer is None and not plan.is_partial:
                 out = out.astype(query.dtype)
             top = None if plan.shift == "none" else top
             return kept, (out, (top, log_total, total), found)
@@ -314,7 +333,7 @@ def _forward(plan, *operands):
     lse = None
     if not plan.rule:
         lse = (top + log_total)[..., 0].swapaxes(1, 2)
-    shown = out.astype(operands[0].dtype)
+    shown = out if plan.is_partial else out.astype(operands[0].dtype)
     return (shown, lse, sums, collected), (operands[:-1], out, sums)
 
 
@@ -327,3 +346,10 @@ def _backward(plan, saved, cotangents):
 
 _attend.defvjp(_forward, _backward)
 _attend_jit = jax.jit(_attend, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients_jit(plan, operands, out, sums, cotangents):
+    from attnjax.ops.chunked_bwd import backward
+
+    return backward(plan, operands, out, sums, cotangents)

@@ -40,7 +40,8 @@ def backward(plan: Plan, operands, out, sums, cotangents) -> tuple:
     """
     query, key, value, bias, row, mask, seed = operands
     dout, dlse = cotangents
-    dtype, wide = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = wide if plan.is_partial else query.dtype
     if plan.rule:
         # Where weights saturate, cotangents of scores cancel: they need all of their digits.
         query, key, value = (x.astype(wide) for x in (query, key, value))
@@ -95,14 +96,14 @@ def backward(plan: Plan, operands, out, sums, cotangents) -> tuple:
             zeros = lambda x: None if x is None else plan.full(x.shape, 0, wide)
             start = (zeros(query_bkgth), zeros(row_tile), *state)
             dquery, drow, *state = plan.visit(mask, u, j, key_step, start)
-            return tuple(state), (dquery.astype(query.dtype), drow)
+            return tuple(state), (dquery.astype(dtype), drow)
 
         transposed = lambda x: plan.full((*x.shape[:2], x.shape[3], x.shape[2]), 0, wide)
         start = (transposed(key_u), transposed(value_u), dbias)
         (dkey_t, dvalue_t, dbias), by_query_u = loop(
             query_step, start, (jnp.arange(plan.counts[1]), by_query_u)
         )
-        dkey, dvalue = (x.swapaxes(2, 3).astype(key.dtype) for x in (dkey_t, dvalue_t))
+        dkey, dvalue = (x.swapaxes(2, 3).astype(dtype) for x in (dkey_t, dvalue_t))
         return dbias, (by_query_u, dkey, dvalue)
 
     start = jax.tree.map(lambda x: plan.full(x.shape, 0, wide), bias_all)

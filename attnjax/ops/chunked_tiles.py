@@ -71,6 +71,7 @@ class Plan:
       scale, softcap, dropout_rate: as in `Call`.
       rule: the structure of the `Elementwise` normalizer, without its arrays; empty for softmax.
       collects: names of what `chunked_statistics` collects.
+      is_partial: as in `Call`: output and gradients keep the dtype of the accumulators.
       varying: axes of an enclosing `shard_map` over which all arrays vary.
       skips: visit only scheduled tiles, in loops of dynamic length, which JAX cannot differentiate
         in reverse; otherwise visit all of them, with the mask.
@@ -84,6 +85,7 @@ class Plan:
     dropout_rate: float
     rule: tuple[Any, ...] = ()
     collects: tuple[str, ...] = ()
+    is_partial: bool = False
     varying: tuple[str, ...] = ()
     skips: bool = True
 
@@ -335,20 +337,32 @@ class Plan:
         return self.split_heads(visible)
 
     def dropout(self, seed, tile) -> Array:
-        """Return the dropout factors of a tile `[bt,kt,g,tq,ts]`."""
-        n = self.scores_shape[1]
+        """Return the dropout factors of a tile `[bt,kt,g,tq,ts]`.
+
+        Args:
+          seed: words from `dropout_seed`, and the `Place` of the call, or None.
+          tile: indices (u, j, m) of group, queries, keys.
+        """
+        words, place = seed
         u, j, m = (jnp.asarray(index).astype(jnp.uint32) for index in tile)
         count = lambda size: jnp.arange(size, dtype=jnp.uint32)
         examples, cuts = (jnp.uint32(size) for size in self.cuts)
-        example = count(self.tiles.examples) * examples + u // cuts
+        example = (count(self.tiles.examples) * examples + u // cuts)[:, None, None]
         first = (count(self.heads) * cuts + u % cuts) * jnp.uint32(self.members)
-        head = first[:, None] + count(self.members)
+        head = (first[:, None] + count(self.members))[None]
         query = count(self.tiles.queries) + j * jnp.uint32(self.tiles.queries)
         key = count(self.tiles.keys) + m * jnp.uint32(self.tiles.keys)
+        if place is None:
+            head = example * jnp.uint32(self.scores_shape[1]) + head
+        else:
+            # Where a tile is padded, any position will do.
+            head = place.heads[example, head]
+            at = lambda positions, index: jnp.take(positions, index, mode="clip")
+            query, key = at(place.queries, query), at(place.keys, key)
         return dropout_factor(
-            seed,
+            words,
             self.dropout_rate,
-            (example[:, None, None] * jnp.uint32(n) + head[None])[..., None, None],
+            head[..., None, None],
             query.reshape(1, 1, 1, -1, 1),
             key.reshape(1, 1, 1, 1, -1),
         )

@@ -83,6 +83,11 @@ def attend(call: Call, *, needs_gpu: bool = True) -> AttentionOutput:
     return AttentionOutput(out=out)
 
 
+def gradients(call: Call, results: tuple, cotangents: tuple) -> tuple:
+    """Refuse: cuDNN's backward pass is not to be had without its forward pass."""
+    raise NotImplementedError("cudnn: gradients of a part are not served")
+
+
 def _check_shapes(call):
     _, _, t, s = call.scores_shape
     h, hv = call.query.shape[3], call.value.shape[3]

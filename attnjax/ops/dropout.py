@@ -1,10 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dropout as a function of position, so that every implementation drops the same weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from attnjax.typing import Array, PRNGKey
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a part of a larger call lies in it, so that both drop the same weights.
+
+    Attributes:
+      heads: `[b,n]` uint32, `batch index * n + head index` in the larger call.
+      queries: `[t]` uint32 positions.
+      keys: `[s]` uint32 positions.
+    """
+
+    heads: Array
+    queries: Array
+    keys: Array
+
+
+def whole_place(b: int, n: int, t: int, s: int) -> Place:
+    """Return the place of a call that is not part of a larger one."""
+    count = lambda size: jnp.arange(size, dtype=jnp.uint32)
+    return Place(count(b * n).reshape(b, n), count(t), count(s))
 
 
 def dropout_seed(key: PRNGKey) -> Array:

@@ -60,7 +60,8 @@ class Softpick(Elementwise):
     """relu(e^z - 1) / (sum |e^z - 1| + epsilon): scores up to 0 get nothing. [9, code]
 
     Computed with both exponentials times e^-m, m = max(0, max z): the authors' m = max z overflows
-    where all scores are far below 0, and means the same elsewhere.
+    where all scores are far below 0. Epsilon is multiplied alike, so that m cancels and needs no
+    derivative; the authors' stable form adds it as it is, which weights see by less than 1e-8.
     """
 
     shift: ClassVar[str] = "max"
@@ -77,7 +78,7 @@ class Softpick(Elementwise):
         return jnp.where(is_below, below, self.weight(scores, shift, row))
 
     def denominator(self, total, shift):
-        return total + EPSILON
+        return total + EPSILON * jnp.exp(-shift)
 
 
 @register(("threshold",))

@@ -76,6 +76,9 @@ def register(data: Sequence[str] = ()):
 class Normalizer:
     """Base of all; subclasses are frozen dataclasses and pytrees, what is learnt are leaves."""
 
+    has_key: ClassVar[bool] = False
+    """Whether a key of its own is scored by the queries, so that their rotation matters to it."""
+
     def check(self, n: int, h: int, hv: int) -> None:
         """Raise ValueError if parameters do not fit n query heads of width h and values of hv."""
 

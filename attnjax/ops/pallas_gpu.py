@@ -46,6 +46,7 @@ from attnjax.ops.pallas_gpu_tile import (
     padded,
     positions,
     product,
+    result_dtype,
     run,
     split,
     store_rows,
@@ -80,10 +81,31 @@ def attend(
         elementwise normalizers, probabilities, scores, edits, biases that are functions, 64-bit
         inputs, heads wider than 256.
     """
+    plan, found, extra = _prepare(call, tiles, interpret)
+    return _finish(call, plan, *_attend_jit(plan, *_arrays(call), found, extra), found)
+
+
+def gradients(
+    call: Call,
+    results: tuple,
+    cotangents: tuple,
+    tiles: Tiles | None = None,
+    *,
+    interpret: bool | None = None,
+) -> tuple:
+    """Return a part's contribution to gradients, see `attention.serve_gradients`."""
+    call = dataclasses.replace(call, statistics=())
+    plan, found, extra = _prepare(call, tiles, interpret)
+    return _gradients_jit(plan, _arrays(call), found, extra, results, cotangents)
+
+
+def _prepare(call, tiles, interpret):
+    """Return the plan of a call, its tables, and what dropout and statistics need."""
     name = "pallas_gpu"
     if interpret is None:
         _check_device(name)
     call.refuse(name, "normalizer", "bias objects", "return_probabilities", "return_scores", "edit")
+    call.refuse(name, "place")
     _check_call(name, call)
     plan = _make_plan(call, tiles or choose_tiles(call), bool(interpret))
     found = tables(call.visibility, plan)
@@ -95,7 +117,7 @@ def attend(
     indicators = _indicators(call)
     if indicators is not None:
         extra["indicators"] = indicators
-    return _finish(call, plan, *_attend_jit(plan, *_arrays(call), found, extra), found)
+    return plan, found, extra
 
 
 def _arrays(call):
@@ -142,6 +164,7 @@ def _make_plan(call, tiles, interpret):
         max_probability="max_probability" in call.statistics,
         is_exact=call.query.dtype == jnp.float32,
         interpret=interpret,
+        is_partial=call.is_partial,
     )
 
 
@@ -235,6 +258,15 @@ _attend.defvjp(_attend_forward, _attend_backward)
 _attend_jit = jax.jit(_attend, static_argnums=0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients_jit(plan, arrays, found, extra, results, cotangents):
+    (out, lse), (dout, dlse) = results, cotangents
+    # The kernels know a log-sum-exp as the sum of two: the maximum over `factor`, and the rest.
+    rows = (out, jnp.zeros_like(lse), lse * LOG2E)
+    dout = dout.astype(arrays[0].dtype)
+    return pallas_gpu_bwd.backward(plan, arrays, found, extra, rows, (dout, dlse))
+
+
 def forward(plan: Plan, inputs: dict[str, Array]) -> dict[str, Array]:
     """Run the forward kernel.
 
@@ -249,9 +281,9 @@ def forward(plan: Plan, inputs: dict[str, Array]) -> dict[str, Array]:
     b, t, n, _ = inputs["query"].shape
     size = plan.tiles.forward
     count_q, count_k = plan.counts(size)
-    f32 = jnp.float32
+    f32, dtype = jnp.float32, result_dtype(plan, inputs["query"])
     outputs = {
-        "out": jax.ShapeDtypeStruct((b, t, n, plan.value_width), inputs["query"].dtype),
+        "out": jax.ShapeDtypeStruct((b, t, n, plan.value_width), dtype),
         "top": jax.ShapeDtypeStruct((b, n, t), f32),
         "rest": jax.ShapeDtypeStruct((b, n, t), f32),
     }

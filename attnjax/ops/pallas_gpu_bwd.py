@@ -32,6 +32,7 @@ from attnjax.ops.pallas_gpu_tile import (
     pick,
     positions,
     product,
+    result_dtype,
     run,
     split,
     store_rows,
@@ -96,8 +97,8 @@ def _key_gradients(plan, inputs):
     size = plan.tiles.backward
     count_q, count_k = plan.counts(size)
     outputs = {
-        "dkey": jax.ShapeDtypeStruct(inputs["key"].shape, inputs["key"].dtype),
-        "dvalue": jax.ShapeDtypeStruct(inputs["value"].shape, inputs["value"].dtype),
+        "dkey": jax.ShapeDtypeStruct(inputs["key"].shape, result_dtype(plan, inputs["key"])),
+        "dvalue": jax.ShapeDtypeStruct(inputs["value"].shape, result_dtype(plan, inputs["value"])),
     }
     if _needs_key_bias(inputs):
         outputs["dbias_keys"] = jax.ShapeDtypeStruct((b, n, plan.s), jnp.float32)
@@ -184,6 +185,7 @@ def _query_side(plan, inputs, tile):
 
 def _query_gradient(plan, inputs):
     b, _, n, _ = inputs["query"].shape
+    dtype = result_dtype(plan, inputs["query"])
     size = plan.tiles.backward
     count_q, count_k = plan.counts(size)
 
@@ -197,7 +199,7 @@ def _query_gradient(plan, inputs):
     return launch(
         functools.partial(_query_kernel, plan, where),
         inputs,
-        {"dquery": jax.ShapeDtypeStruct(inputs["query"].shape, inputs["query"].dtype)},
+        {"dquery": jax.ShapeDtypeStruct(inputs["query"].shape, dtype)},
         grid=b * n * count_q,
         where=where,
         sizes={

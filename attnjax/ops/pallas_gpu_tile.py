@@ -102,6 +102,7 @@ class Plan:
       entropy, max_probability: whether the forward kernel adds these statistics.
       is_exact: whether exponents are right to the last bit of float32 for large scores too.
       interpret: emulate, for tests.
+      is_partial: whether output and gradients are float32, to be merged with those of other parts.
     """
 
     t: int
@@ -117,10 +118,16 @@ class Plan:
     max_probability: bool
     is_exact: bool
     interpret: bool
+    is_partial: bool = False
 
     def counts(self, tile: tuple[int, int]) -> tuple[int, int]:
         """Return the number of tiles along queries and keys."""
         return pl.cdiv(self.t, tile[0]), pl.cdiv(self.s, tile[1])
+
+
+def result_dtype(plan: Plan, array: Any) -> Any:
+    """Return the dtype of the output, or of the gradient of an array."""
+    return jnp.float32 if plan.is_partial else array.dtype
 
 
 def factor(plan: Plan, inputs: Any) -> float:

@@ -27,6 +27,7 @@ No kernel here has yet run on a TPU. Tests run them in Pallas's emulation on CPU
 with libtpu for v4, v5e, v5p and v6e.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -96,8 +97,25 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
         are neither float32 nor bfloat16; the mask needs too long a schedule; or the call asks for
         elementwise normalizers, bias objects, probabilities, scores or edits.
     """
+    plan, arrays = _prepare(call, tiles)
+    out, lse, rows, mass = _attend_jit(plan, *arrays)
+    statistics = {}
+    if call.statistics:
+        statistics = jax.lax.stop_gradient(_finish(call, lse, rows, mass))
+    return AttentionOutput(out=out, lse=lse if call.return_lse else None, statistics=statistics)
+
+
+def gradients(call: Call, results: tuple, cotangents: tuple, tiles: Tiles | None = None) -> tuple:
+    """Return a part's contribution to gradients, see `attention.serve_gradients`."""
+    plan, arrays = _prepare(dataclasses.replace(call, statistics=()), tiles)
+    return _gradients_jit(plan, *vary_alike((arrays, results, cotangents))[1])
+
+
+def _prepare(call: Call, tiles: Tiles | None) -> tuple[Plan, tuple]:
+    """Return the plan of a call and the arguments of its kernels."""
     chip = find_chip()
     call.refuse(NAME, "normalizer", "bias objects", "return_probabilities", "return_scores", "edit")
+    call.refuse(NAME, "place")
     b, n, t, s = call.scores_shape
     dtype = call.query.dtype
     if dtype not in (jnp.float32, jnp.bfloat16):
@@ -123,6 +141,7 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
         has_entropy="entropy" in call.statistics,
         has_key_mass="key_mass" in call.statistics,
         interpret=interpretation(),
+        is_partial=call.is_partial,
     )
     extra, tokens = {}, _tokens(call)
     if call.dropout_rate:
@@ -134,12 +153,7 @@ def attend(call: Call, tiles: Tiles | None = None) -> AttentionOutput:
     if plan.has_key_mass and call.extra_logit is not None:
         extra["extra_logit"] = call.extra_logit
     others = make_tables(call.visibility, plan) | extra
-    _, arrays = vary_alike((call.query, call.key, call.value, call.bias, others))
-    out, lse, rows, mass = _attend_jit(plan, *arrays)
-    statistics = {}
-    if call.statistics:
-        statistics = jax.lax.stop_gradient(_finish(call, lse, rows, mass))
-    return AttentionOutput(out=out, lse=lse if call.return_lse else None, statistics=statistics)
+    return plan, vary_alike((call.query, call.key, call.value, call.bias, others))[1]
 
 
 def _check_mesh():
@@ -196,11 +210,14 @@ def _attend(plan, query, key, value, bias, others):
     return _attend_fwd(plan, query, key, value, bias, others)[0]
 
 
-def _attend_fwd(plan, query, key, value, bias, others):
-    """Return out `[b,t,n,hv]`, lse `[b,n,t]`, other rows `[b,n,r,t]`, and key mass or None."""
+def _inputs(query, key, value, bias, others):
     inputs = {"query": query, "key": key, "value": value} | others
-    if bias is not None:
-        inputs["bias"] = bias
+    return inputs if bias is None else inputs | {"bias": bias}
+
+
+def _attend_fwd(plan, *arrays):
+    """Return out `[b,t,n,hv]`, lse `[b,n,t]`, other rows `[b,n,r,t]`, and key mass or None."""
+    inputs = _inputs(*arrays)
     found = run(forward, plan, inputs)
     lse, mass = found["rows"][:, :, 0], None
     if plan.has_key_mass:
@@ -223,6 +240,11 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 _attend_jit = jax.jit(_attend, static_argnums=0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients_jit(plan, arrays, results, cotangents):
+    return _attend_bwd(plan, (_inputs(*arrays), *results), (*cotangents, None))[:4]
+
+
 def forward(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run the forward kernel.
 
@@ -238,6 +260,7 @@ def forward(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
     group = n // inputs["key"].shape[2]
     (t, _), (_, hv) = plan.lengths, plan.widths
     rows = plan.tiles.queries
+    dtype = jnp.float32 if plan.is_partial else inputs["query"].dtype
     operands = attention_operands(plan, inputs)
     tokens = 0
     if "indicators" in inputs:
@@ -249,7 +272,7 @@ def forward(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
         operands["indicators"] = broadcast(masses, block, (0, 0, None, "j"))
     height = 1 + plan.has_largest + plan.has_entropy + tokens
     results = {
-        "out": by_query(jax.ShapeDtypeStruct((b, t, n * hv), inputs["query"].dtype), plan, hv),
+        "out": by_query(jax.ShapeDtypeStruct((b, t, n * hv), dtype), plan, hv),
         "rows": by_row(jax.ShapeDtypeStruct((b, n, height, t), jnp.float32), plan),
     }
     column = pltpu.VMEM((rows, LANES), jnp.float32)

@@ -70,7 +70,8 @@ def backward(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
     stretches = codes[2]
     held = min(resident, s)
     operands = _operands(plan, inputs)
-    dquery_dtype = query.dtype if stretches == 1 else jnp.float32
+    of_keys = jnp.float32 if plan.is_partial else key.dtype
+    dquery_dtype = of_keys if stretches == 1 else jnp.float32
     dquery = jax.ShapeDtypeStruct((stretches, b, t, n * h), dquery_dtype)
     # Where a stretch starts is known to `at` by the tile of keys it is at.
     tiles_held = held // columns
@@ -80,12 +81,12 @@ def backward(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
             dquery, (None, None, rows, h), lambda at: (at_stretch(at), at.b, at.i, at.n)
         ),
         "dkey": Operand(
-            jax.ShapeDtypeStruct((b, stretches * held, k * h), key.dtype),
+            jax.ShapeDtypeStruct((b, stretches * held, k * h), of_keys),
             (None, held, h),
             lambda at: (at.b, at_stretch(at), at.k),
         ),
         "dvalue": Operand(
-            jax.ShapeDtypeStruct((b, stretches * held, k * hv), value.dtype),
+            jax.ShapeDtypeStruct((b, stretches * held, k * hv), of_keys),
             (None, held, hv),
             lambda at: (at.b, at_stretch(at), at.k),
         ),
@@ -166,7 +167,7 @@ def backward(plan: Plan, inputs: Mapping[str, Array]) -> dict[str, Array]:
     dquery = found["dquery"][0] if stretches == 1 else found["dquery"].sum(axis=0)
     cut = lambda array, like: array.reshape(b, array.shape[1], like.shape[2], -1)[
         :, : like.shape[1], :, : like.shape[3]
-    ].astype(like.dtype)
+    ].astype(of_keys)
     gradients = {
         "dquery": cut(dquery, query),
         "dkey": cut(found["dkey"], key),

@@ -206,6 +206,7 @@ class Plan:
       is_masked: whether any tile may be PARTIAL.
       has_largest, has_entropy, has_key_mass: statistics that are wanted.
       interpret: how to emulate the kernels, or None to compile them.
+      is_partial: whether output and gradients are float32, to be merged with those of other parts.
     """
 
     tiles: Tiles
@@ -219,6 +220,7 @@ class Plan:
     has_entropy: bool
     has_key_mass: bool
     interpret: Any = None
+    is_partial: bool = False
 
     @property
     def lengths(self) -> tuple[int, int]:

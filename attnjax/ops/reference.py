@@ -13,7 +13,7 @@ import numpy as np
 
 from attnjax.ops.attention import AttentionOutput, Call
 from attnjax.ops.bias import Bias
-from attnjax.ops.dropout import dropout_factor, dropout_seed
+from attnjax.ops.dropout import dropout_factor, dropout_seed, whole_place
 from attnjax.ops.normalizer import Rowwise, softmax
 from attnjax.ops.statistics import from_probabilities
 from attnjax.typing import Array
@@ -45,12 +45,7 @@ def attend(call: Call) -> AttentionOutput:
             )
     weights_bnts = probabilities_bnts
     if call.dropout_rate:
-        seed = dropout_seed(call.dropout_key)
-        heads = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, n, 1, 1)
-        queries = jnp.arange(t, dtype=jnp.uint32).reshape(1, 1, t, 1)
-        keys = jnp.arange(s, dtype=jnp.uint32).reshape(1, 1, 1, s)
-        factor_bnts = dropout_factor(seed, call.dropout_rate, heads, queries, keys)
-        weights_bnts = weights_bnts * factor_bnts.astype(wide)
+        weights_bnts = weights_bnts * _dropout(call)
     out_btkgh = jnp.einsum(
         "bkgts,bskh->btkgh",
         weights_bnts.astype(call.value.dtype).reshape(b, k, n // k, t, s),
@@ -66,12 +61,53 @@ def attend(call: Call) -> AttentionOutput:
         statistics = from_probabilities(shown_bnts, call.statistics)
     pick = lambda array, heads: array[:, np.array(heads)] if heads else None
     return AttentionOutput(
-        out=out_btkgh.reshape(b, t, n, call.value.shape[3]).astype(call.query.dtype),
+        out=out_btkgh.reshape(b, t, n, call.value.shape[3]).astype(call.out_dtype),
         lse=lse_bnt if call.return_lse else None,
         probabilities=pick(probabilities_bnts, call.probability_heads),
         scores=pick(scores_bnts, call.score_heads),
         statistics=statistics,
     )
+
+
+def gradients(call: Call, results: tuple, cotangents: tuple) -> tuple:
+    """Return a part's contribution to gradients, see `attention.serve_gradients`."""
+    call.refuse("reference: gradients of a part", "normalizer", "edit")
+    wide, (b, n, t, s) = call.statistics_dtype, call.scores_shape
+    k = call.key.shape[2]
+    (out, lse), (dout, dlse) = results, cotangents
+    by_score = (call.query, call.key, call.bias)
+
+    def score(operands):
+        query, key, bias = operands
+        return masked_scores(dataclasses.replace(call, query=query, key=key, bias=bias))
+
+    scores_bnts, pull = jax.vjp(score, by_score)
+    weights_bnts = jnp.exp(scores_bnts - lse[..., None])
+    group = lambda x: x.astype(wide).reshape(b, t, k, n // k, x.shape[3])
+    dweights_bnts = jnp.einsum("btkgh,bskh->bkgts", group(dout), call.value.astype(wide)).reshape(
+        b, n, t, s
+    )
+    kept_bnts = weights_bnts
+    if call.dropout_rate:
+        factor_bnts = _dropout(call)
+        dweights_bnts, kept_bnts = dweights_bnts * factor_bnts, weights_bnts * factor_bnts
+    shift_bnt = jnp.einsum("btnh,btnh->bnt", dout.astype(wide), out.astype(wide)) - dlse
+    dscores_bnts = weights_bnts * (dweights_bnts - shift_bnt[..., None])
+    dquery, dkey, dbias = pull(dscores_bnts)[0]
+    dvalue = jnp.einsum("bkgts,btkgh->bskh", kept_bnts.reshape(b, k, n // k, t, s), group(dout))
+    return dquery.astype(wide), dkey.astype(wide), dvalue, dbias
+
+
+def _dropout(call: Call) -> Array:
+    """Return the dropout factors `[b,n,t,s]` of a call."""
+    place = whole_place(*call.scores_shape) if call.place is None else call.place
+    return dropout_factor(
+        dropout_seed(call.dropout_key),
+        call.dropout_rate,
+        place.heads[:, :, None, None],
+        place.queries[:, None],
+        place.keys,
+    ).astype(call.statistics_dtype)
 
 
 def masked_scores(call: Call) -> Array:

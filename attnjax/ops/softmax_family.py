@@ -10,6 +10,8 @@ Numbers in brackets are those of "Attention Sink in Transformers: A Survey", arX
 section A; "survey" and "code" say whether the form is the survey's or the original authors'.
 """
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 
 from attnjax.ops.normalizer import Finish, SoftmaxFamily, register, with_extra_logit
@@ -53,6 +55,7 @@ class KeyBias(SoftmaxFamily):
     """
 
     key: Array
+    has_key: ClassVar[bool] = True
 
     def check(self, n, h, hv):
         _check_heads("key", self.key, n, (h,))
@@ -74,6 +77,7 @@ class KeyValueBias(SoftmaxFamily):
 
     key: Array
     value: Array
+    has_key: ClassVar[bool] = True
 
     def check(self, n, h, hv):
         _check_heads("key", self.key, n, (h,))
@@ -120,6 +124,7 @@ class ContextBias(SoftmaxFamily):
 
     key: Array
     value: Array
+    has_key: ClassVar[bool] = True
 
     def check(self, n, h, hv):
         _check_heads("key", self.key, n, (h,))

@@ -26,6 +26,23 @@ def test_grid_is_filtered_by_cell_names():
         suite.grid("huge")
 
 
+def test_growth_over_lengths():
+    row = {name: 1 for name in suite.FIELDS}
+    row |= {"contestant": "chunked", "mask": "window_256", "dtype": "float32"}
+    row |= {"direction": "both", "status": "ok"}
+    points = [(1024, 10.0, 100), (2048, 20.0, 210), (8192, 80.0, 840)]
+    rows = [row | {"t": t, "median_ms": ms, "temporary_bytes": size} for t, ms, size in points]
+    assert suite.growth(rows[:2]) == []
+    assert suite.growth([*rows, row | {"status": "out of memory"}]) == [
+        "  chunked/window_256/float32/1x1x1x1/both from 1024 to 8192: R^2 of time over length "
+        "1.0000; by doubling at most time x 2.00, memory x 2.10"
+    ]
+    bent = [rows[0], rows[1], rows[2] | {"median_ms": 320.0}]
+    assert "time x 4.00" in suite.growth(bent)[0] and "1.0000" not in suite.growth(bent)[0]
+    ladder = suite.grid("ladder", "chunked/window_256/float32/.*/forward")
+    assert [case.t for case, _ in ladder] == [1024, 2048, 4096, 8192, 16384]
+
+
 def test_operations_follow_the_area():
     assert TINY.area == 32 * 33 // 2
     assert TINY.flops == 4 * TINY.area * 2 * 8 * 3.5

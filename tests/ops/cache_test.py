@@ -22,7 +22,7 @@ from attnjax.ops.cache import (
     append_and_attend,
     attend_cached,
 )
-from attnjax.ops.normalizer import SoftmaxFamily
+from attnjax.ops.normalizers import KeyBias
 from attnjax.ops.positions import rotate
 
 B, N, K, H, HV = 3, 4, 2, 8, 6
@@ -470,13 +470,6 @@ class Ramp(Bias):
         return jnp.zeros((1, 1, rows, columns))
 
 
-@dataclasses.dataclass(frozen=True)
-class KeyOfItsOwn(SoftmaxFamily):
-    """Softmax with a key of its own."""
-
-    key: object
-
-
 def test_refusals_name_what_is_wrong():
     query, key, value = tokens(4)
     full = FullCache.empty(**SIZES, capacity=8).append(key, value)
@@ -492,8 +485,9 @@ def test_refusals_name_what_is_wrong():
                                statistics=["first_token_mass"])),
         (NotImplementedError, r"pieces of 2, where gate",
          lambda: append_and_attend(query, key, value, ring, gate=jnp.ones(()))),
-        (NotImplementedError, r"KeyOfItsOwn has a key",
-         lambda: attend_cached(query[:, :2], grown, rotate=rope, normalizer=KeyOfItsOwn(0))),
+        (NotImplementedError, r"KeyBias has a key of its own",
+         lambda: attend_cached(query[:, :2], grown, rotate=rope,
+                               normalizer=KeyBias(jnp.zeros((1, H))))),
         (ValueError, r"4 queries do not go with 3 keys",
          lambda: append_and_attend(query, key[:, :3], value[:, :3], full)),
         (ValueError, r"\(k,h\)=\(2, 8\).*\(3, 4, 4, 8\)", lambda: full.append(query, value)),

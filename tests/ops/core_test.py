@@ -117,7 +117,7 @@ def weights_of(case, z, extra, row, position):
         case "softpick":
             shift = np.maximum(top, 0)
             difference = np.where(seen, np.exp(z - shift) - np.exp(-shift), 0)
-            total = np.abs(difference).sum(-1, keepdims=True) + 1e-8
+            total = np.abs(difference).sum(-1, keepdims=True) + 1e-8 * np.exp(-shift)
             return np.maximum(difference, 0) / total, zero, None
         case "softpick_survey" | "elastic":
             return np.where(seen, np.maximum(p + row, 0), 0), zero, None
@@ -246,7 +246,7 @@ def oracle(case, arrays, options, dout, dlse):
                 top = max(0, z_ts[r].max())
                 seen = np.isfinite(z_ts[r])
                 difference = np.where(seen, np.exp(z_ts[r] - top) - np.exp(-top), 0)
-                steep = np.exp(z_ts[r] - top) / (np.abs(difference).sum() + 1e-8)
+                steep = np.exp(z_ts[r] - top) / (np.abs(difference).sum() + 1e-8 * np.exp(-top))
             terms[i, j, r] = steep * (sizes + np.abs(weights) @ sizes)
         draw_ts = dscores[i, j] * slope_ts
         result["query"][i, :, j] += draw_ts @ key[i, :, head]

@@ -250,6 +250,27 @@ def test_schedule_lists_full_tiles_before_partial_ones():
         np.testing.assert_array_equal(partial, np.flatnonzero(kinds[i] == PARTIAL))
 
 
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_block_maps_of_intervals_are_exact(r):
+    """Also of intervals that touch, are empty or come in any order, and of smaller last tiles."""
+    rng = np.random.default_rng(r)
+    for _ in range(DRAWS):
+        t, s = rng.integers(1, 40, 2)
+        block_q, block_k = rng.integers(1, 14, 2)
+        cuts = np.sort(rng.integers(0, s + 1, (2, 3, r + 1, t), np.int32), axis=2)
+        lower, upper = cuts[:, :, :-1], cuts[:, :, 1:]
+        upper = np.where(rng.random(upper.shape) < 0.2, lower - 1, upper)
+        order = rng.permutation(r)
+        visible = mask.Visibility(lower[:, :, order], upper[:, :, order])
+        dense, kinds = visible.dense(t, s), visible.block_map(t, s, block_q, block_k)
+        lists = schedule(kinds)
+        for b, n in np.ndindex(2, 3):
+            assert expand(kinds[b, n], dense[b, n], block_q, block_k)
+            for i, row in enumerate(kinds[b, n]):
+                full = lists.full[b, n, i, : lists.full_count[b, n, i]]
+                np.testing.assert_array_equal(full, np.flatnonzero(row == FULL))
+
+
 def test_host_work_at_131072_tokens_is_quick():
     """Not a timing of speed but of the kind of algorithm: a dense mask would take a minute."""
     t = 131_072
@@ -257,7 +278,7 @@ def test_host_work_at_131072_tokens_is_quick():
     made = (mask.causal(), mask.documents(random_lengths(rng, t, 4_000), causal=True))
     for one in made:
         start = time.perf_counter()
-        schedule(one.visibility(t, t).block_map(t, t, 512, 512))
+        schedule(one.visibility(t, t).block_map(t, t, 64, 64))
         assert time.perf_counter() - start < 2
 
 

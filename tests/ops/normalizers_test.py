@@ -294,6 +294,44 @@ def test_softpick_gives_nothing_to_scores_up_to_zero():
     np.testing.assert_array_equal(low, 0)
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-3, 30.0])
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_softpick_derivative_counts_epsilon(implementation, size):
+    """In float64, for scores so small that epsilon is much of the denominator, and for large."""
+    rng = np.random.default_rng(9)
+    scores, along = size * rng.standard_normal((2, 1, N, T, S))
+    assert (abs(scores) > 1e-4 * size).all()  # A step crosses no kink.
+    dout = rng.standard_normal((1, T, N, HV))
+    with jax.enable_x64(True):
+        value = jnp.asarray(rng.standard_normal((1, S, K, HV)))
+        zeros = jnp.zeros((1, T, N, H)), jnp.zeros((1, S, K, H))
+
+        def loss(scores):
+            options = dict(bias=scores, mask=None, implementation=implementation)
+            return (run("softpick", (*zeros, value), **options) * dout).sum()
+
+        both = jax.jit(jax.value_and_grad(loss))
+        out, slope = both(scores)
+        step = STEP / max(1, size)
+        difference = (both(scores + step * along)[0] - both(scores - step * along)[0]) / (2 * step)
+        # The value and the derivative of relu(e^z - 1) / (sum |e^z - 1| + epsilon), written out.
+        change = np.expm1(scores)
+        total = abs(change).sum(-1, keepdims=True) + 1e-8
+        weights = np.maximum(change, 0) / total
+        dweights = np.einsum("btnh,bsnh->bnts", dout, np.repeat(value, N // K, axis=2))
+        mean = (weights * dweights).sum(-1, keepdims=True)
+        exact = np.exp(scores) * ((scores > 0) * dweights - np.sign(scores) * mean) / total
+        np.testing.assert_allclose(out, (weights * dweights).sum(), rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(slope, exact, rtol=1e-12, atol=1e-13 * abs(exact).max())
+        rounding = 1e-15 / step
+        np.testing.assert_allclose(
+            jnp.vdot(slope, along),
+            difference,
+            rtol=0,
+            atol=1e-9 * abs(exact * along).sum() + rounding,
+        )
+
+
 def test_sigmoid_length_bias_and_normalization():
     scores = np.asarray(run("softmax", return_scores=True).scores, np.float64)
     count = np.maximum(VISIBLE.sum(-1, keepdims=True), 1)
@@ -321,6 +359,8 @@ def test_names():
     listed = [line.split()[0] for line in normalizers.__doc__.splitlines() if line[:4] == " " * 4]
     assert set(NAMES) <= set(listed)
     assert all(cls.__doc__ for cls in NORMALIZERS.values())
+    keyed = {name for name, cls in NORMALIZERS.items() if "key" in cls.__dataclass_fields__}
+    assert keyed == {name for name, cls in NORMALIZERS.items() if cls.has_key} != set()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnjax.ops import TokenMass, attention, mask
+from attnjax.ops.cases import MASKS, Case
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +124,24 @@ EXTRA = {"bias": 1, "bias_keys": 1, "bias_queries": 1, "statistics": 1}
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles(chip, name):
     assert kernels(compiled(chip, **CASES[name])) == 2 + EXTRA.get(name, 0)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_compiles_every_mask(chip, name):
+    """Arrays that are known at run time only are arguments of the program."""
+    made = MASKS[name](Case(name, b=B, t=T, s=T, n=N), np.random.default_rng(0))
+    leaves, tree = jax.tree.flatten(made)
+    is_traced = [isinstance(leaf, jax.Array) for leaf in leaves]
+    shapes = [(x.shape, x.dtype) for x, traced in zip(leaves, is_traced, strict=True) if traced]
+
+    def rebuild(*inputs):
+        given = iter(inputs)
+        return tree.unflatten(
+            next(given) if traced else leaf for leaf, traced in zip(leaves, is_traced, strict=True)
+        )
+
+    assert kernels(compiled(chip, mask=rebuild, inputs=shapes)) == 2
 
 
 @pytest.mark.parametrize("k", [4, 1])

@@ -110,7 +110,7 @@ def attend_cached(
             f"{type(options['bias']).__name__} counts positions along the keys, but a cache has "
             "slots: make an array from query_positions and key_positions"
         )
-    if "first_token_mass" in options.get("statistics", ()) and getattr(cache, "sinks", 1) == 0:
+    if "first_token_mass" in options.get("statistics", ()) and not cache.keeps_first:
         raise ValueError(f"first_token_mass: this {type(cache).__name__} forgets the first token")
     scale = options.pop("scale", None)
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from attnjax.ops import mask as masks
 from attnjax.ops.cache.state import Rotate, SlotCache, check_positive, empty_arrays, register
 from attnjax.ops.mask import Mask
+from attnjax.ops.normalizer import Normalizer
 from attnjax.typing import Array
 
 POSITIONS = ("cache", "absolute")
@@ -28,6 +29,10 @@ class RingCache(SlotCache):
     @property
     def most_queries(self) -> int:
         return self.chunk
+
+    @property
+    def keeps_first(self) -> bool:
+        return self.sinks > 0
 
     @property
     def _ring(self) -> int:
@@ -166,7 +171,7 @@ class SinkWindowCache(RingCache):
         queries = query.shape[1]
         if queries == 1 or self.positions == "absolute" or not self.sinks:
             return super().turn(rotate, query, key, normalizer)
-        if hasattr(normalizer, "key"):
+        if isinstance(normalizer, Normalizer) and normalizer.has_key:
             raise NotImplementedError(
                 f"{type(normalizer).__name__} has a key of its own: with places in the cache as "
                 f"positions it serves one query at a time, not {queries}"

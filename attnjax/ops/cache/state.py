@@ -64,6 +64,11 @@ class Cache(abc.ABC):
         """Queries that may attend at once; None for any number."""
         return None
 
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the first token of a stream stays among the keys."""
+        return True
+
     def append(self, key: Array, value: Array, lengths: Array | None = None) -> Self:
         """Return the cache with a chunk of tokens appended.
 

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.ops.mask.slices import Columns, Slice, columns_of
-from attnjax.ops.mask.visibility import EMPTY, FULL, PARTIAL, Visibility, normalise
+from attnjax.ops.mask.visibility import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Visibility,
+    normalise,
+    slice_axis,
+)
 from attnjax.typing import Array
 
 MOST_INTERVALS = 4
@@ -91,6 +98,18 @@ class Mask:
         """
         return Lowered(self.visibility(t, s).window(query_start, queries, key_start, keys, t, s))
 
+    def take(self, queries, keys, t, s) -> "Mask":
+        """Pick out queries and keys by positions `[t']` and `[s']`, or all where that is None.
+
+        Nothing is promised about positions beyond the lengths t and s. As `tile`, only for masks
+        that are their own normal form.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must be lowered first")
+
+    def heads(self, start, count: int) -> "Mask":
+        """Restrict to a range of heads, if heads differ; the start may be traced."""
+        return HeadRange(self, start, count)
+
     def pad(self, t, s, to_t, to_s) -> "Mask":
         """Extend by queries and keys about which nothing is promised.
 
@@ -152,6 +171,12 @@ class Lowered(Mask):
     def pad(self, t, s, to_t, to_s):
         return Lowered(self.value.pad(t, s, to_t, to_s))
 
+    def take(self, queries, keys, t, s):
+        return Lowered(self.value.take(queries, keys, t, s))
+
+    def heads(self, start, count):
+        return Lowered(self.value.heads(start, count))
+
     def tile(self, query_start, key_start, rows, columns):
         visible = self.value.tile(query_start, key_start, rows, columns)
         return jnp.ones((1, 1, rows, columns), bool) if visible is None else visible
@@ -199,6 +224,12 @@ class Meet(Mask):
     def pad(self, *lengths):
         return Meet(self.first.pad(*lengths), self.second.pad(*lengths))
 
+    def take(self, *arguments):
+        return Meet(self.first.take(*arguments), self.second.take(*arguments))
+
+    def heads(self, *arguments):
+        return Meet(self.first.heads(*arguments), self.second.heads(*arguments))
+
     def window(self, *arguments):
         return Meet(self.first.window(*arguments), self.second.window(*arguments))
 
@@ -242,11 +273,47 @@ class Either(Mask):
     def pad(self, *lengths):
         return Either(self.first.pad(*lengths), self.second.pad(*lengths))
 
+    def take(self, *arguments):
+        return Either(self.first.take(*arguments), self.second.take(*arguments))
+
+    def heads(self, *arguments):
+        return Either(self.first.heads(*arguments), self.second.heads(*arguments))
+
     def window(self, *arguments):
         return Either(self.first.window(*arguments), self.second.window(*arguments))
 
     def tile(self, *arguments):
         return self.first.tile(*arguments) | self.second.tile(*arguments)
+
+
+@register(("mask", "start"))
+class HeadRange(Mask):
+    """Some heads of a mask that is evaluated tile by tile."""
+
+    mask: Mask
+    start: Any
+    count: int
+
+    def dense_bnts(self, t, s):
+        return self._pick(self.mask.dense_bnts(t, s))
+
+    def pad(self, *lengths):
+        return dataclasses.replace(self, mask=self.mask.pad(*lengths))
+
+    def window(self, *arguments):
+        return dataclasses.replace(self, mask=self.mask.window(*arguments))
+
+    def take(self, *arguments):
+        return dataclasses.replace(self, mask=self.mask.take(*arguments))
+
+    def tile(self, *arguments):
+        return self._pick(self.mask.tile(*arguments))
+
+    def block_map_bnij(self, *arguments):
+        return self._pick(self.mask.block_map_bnij(*arguments))
+
+    def _pick(self, array):
+        return array if array.shape[1] == 1 else slice_axis(array, self.start, self.count, 1)
 
 
 def _intersect(one, two, s):

@@ -16,8 +16,9 @@ from attnjax.ops.mask.visibility import (
     FULL,
     PARTIAL,
     Visibility,
-    count_visible,
     normalise,
+    slice_axis,
+    take_axis,
 )
 
 
@@ -70,8 +71,20 @@ class Dense(Mask):
         values = self.values
         for axis, start, size in ((2, query_start, queries), (3, key_start, keys)):
             if values.shape[axis] > 1:
-                values = _slice_axis(values, start, size, axis)
+                values = slice_axis(values, start, size, axis)
         return Dense(values)
+
+    def take(self, queries, keys, t, s):
+        values = self.values
+        for axis, positions in ((2, queries), (3, keys)):
+            if positions is not None and values.shape[axis] > 1:
+                values = take_axis(values, positions, axis)
+        return Dense(values)
+
+    def heads(self, start, count):
+        return (
+            self if self.values.shape[1] == 1 else Dense(slice_axis(self.values, start, count, 1))
+        )
 
     def pad(self, t, s, to_t, to_s):
         widths = [(0, 0)] * 4
@@ -110,8 +123,16 @@ class Blocks(Mask):
     def window(self, query_start, queries, key_start, keys, t, s):
         return dataclasses.replace(
             self,
-            query_blocks=_slice_axis(self.query_blocks, query_start, queries, 0),
-            key_blocks=_slice_axis(self.key_blocks, key_start, keys, 0),
+            query_blocks=slice_axis(self.query_blocks, query_start, queries, 0),
+            key_blocks=slice_axis(self.key_blocks, key_start, keys, 0),
+        )
+
+    def take(self, queries, keys, t, s):
+        take = lambda blocks, at: blocks if at is None else take_axis(blocks, at, 0)
+        return dataclasses.replace(
+            self,
+            query_blocks=take(self.query_blocks, queries),
+            key_blocks=take(self.key_blocks, keys),
         )
 
     def pad(self, t, s, to_t, to_s):
@@ -124,8 +145,8 @@ class Blocks(Mask):
     def tile(self, query_start, key_start, rows, columns):
         return jnp.asarray(
             self._pick(
-                _slice_axis(self.query_blocks, query_start, rows, 0),
-                _slice_axis(self.key_blocks, key_start, columns, 0),
+                slice_axis(self.query_blocks, query_start, rows, 0),
+                slice_axis(self.key_blocks, key_start, columns, 0),
             )
         )
 
@@ -133,7 +154,7 @@ class Blocks(Mask):
         # Exact without the dense mask: a tile sees the blocks between its first and last position.
         rows = _incidence(self.query_blocks, self.kept.shape[2], block_q)
         columns = _incidence(self.key_blocks, self.kept.shape[3], block_k)
-        xp = np if isinstance(self.kept, np.ndarray) else jnp
+        xp = np if all(isinstance(x, np.ndarray) for x in (self.kept, rows, columns)) else jnp
         kept = self.kept.astype(np.float32)
         hits = xp.einsum("Ii,bnij,Jj->bnIJ", rows, kept, columns)
         most = xp.einsum("Ii,Jj->IJ", rows, columns)
@@ -176,6 +197,15 @@ class Predicate(Mask):
         starts = (self.query_start + query_start, self.key_start + key_start)
         return Predicate(self.function, *starts)
 
+    def take(self, queries, keys, t, s):
+        count = lambda start, size: start + np.arange(size, dtype=np.int32)
+        at_queries = count(self.query_start, t) if queries is None else self.query_start + queries
+        at_keys = count(self.key_start, s) if keys is None else self.key_start + keys
+        return PredicateAt(self.function, at_queries, at_keys)
+
+    def heads(self, start, count):
+        return self
+
     def pad(self, t, s, to_t, to_s):
         return self
 
@@ -197,57 +227,105 @@ class Predicate(Mask):
         return visible.astype(bool)[None, None]
 
 
-@register(("lower", "upper", "query_start"))
+@register(("queries", "keys"))
+class PredicateAt(Mask):
+    """`function` of the positions `queries [t]` and `keys [s]`."""
+
+    function: Callable[[Any, Any], Any]
+    queries: Any
+    keys: Any
+
+    def dense_bnts(self, t, s):
+        if not all(isinstance(at, np.ndarray) for at in (self.queries, self.keys)):
+            return self.tile(0, 0, t, s)
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self.tile(0, 0, t, s))
+
+    def window(self, query_start, queries, key_start, keys, t, s):
+        at_queries = slice_axis(self.queries, query_start, queries, 0)
+        return PredicateAt(self.function, at_queries, slice_axis(self.keys, key_start, keys, 0))
+
+    def take(self, queries, keys, t, s):
+        take = lambda positions, at: positions if at is None else take_axis(positions, at, 0)
+        return PredicateAt(self.function, take(self.queries, queries), take(self.keys, keys))
+
+    def heads(self, start, count):
+        return self
+
+    def pad(self, t, s, to_t, to_s):
+        queries = _pad_positions(self.queries, to_t - t)
+        return PredicateAt(self.function, queries, _pad_positions(self.keys, to_s - s))
+
+    def tile(self, query_start, key_start, rows, columns):
+        query = jnp.asarray(slice_axis(self.queries, query_start, rows, 0))[:, None]
+        key = jnp.asarray(slice_axis(self.keys, key_start, columns, 0))[None]
+        visible = jnp.broadcast_to(self.function(query, key), (rows, columns))
+        return visible.astype(bool)[None, None]
+
+
+@register(("lower", "upper", "rows"))
 class HiddenRows(Mask):
     """Key c is hidden from the queries of some ranges [lower[r, c], upper[r, c]), int32 `[r, s]`.
 
-    `query_start` is the number of the first query.
+    `rows [t]` are the positions of the queries, or None before it is known how many there are.
     """
 
     lower: Any
     upper: Any
-    query_start: Any = 0
+    rows: Any = None
 
     def visibility(self, t, s):
-        self._check(s)
-        return Visibility(rest=self)
+        return Visibility(rest=self._of(t, s))
 
     def dense_bnts(self, t, s):
-        self._check(s)
-        return self._see(t, self.lower, self.upper, 0)
+        return self._of(t, s)._see()
 
     def window(self, query_start, queries, key_start, keys, t, s):
-        bounds = (_slice_axis(x, key_start, keys, 1) for x in (self.lower, self.upper))
-        return HiddenRows(*bounds, self.query_start + query_start)
+        whole = self._of(t, s)
+        bounds = (slice_axis(x, key_start, keys, 1) for x in (whole.lower, whole.upper))
+        return HiddenRows(*bounds, slice_axis(whole.rows, query_start, queries, 0))
+
+    def take(self, queries, keys, t, s):
+        take = lambda x, at, axis: x if at is None else take_axis(x, at, axis)
+        bounds = (take(x, keys, 1) for x in (self.lower, self.upper))
+        return HiddenRows(*bounds, take(self._of(t, s).rows, queries, 0))
+
+    def heads(self, start, count):
+        return self
 
     def pad(self, t, s, to_t, to_s):
-        xp = np if isinstance(self.lower, np.ndarray) else jnp
+        rows, xp = self._of(t, s).rows, np if isinstance(self.lower, np.ndarray) else jnp
         bounds = (xp.pad(x, ((0, 0), (0, to_s - s))) for x in (self.lower, self.upper))
-        return HiddenRows(*bounds, self.query_start)
+        xp = np if isinstance(rows, np.ndarray) else jnp
+        more = rows.max(initial=-1) + 1 + np.arange(to_t - t, dtype=np.int32)
+        return HiddenRows(*bounds, xp.concatenate([rows, more]).astype(np.int32))
 
     def tile(self, query_start, key_start, rows, columns):
-        bounds = (_slice_axis(x, key_start, columns, 1) for x in (self.lower, self.upper))
-        return jnp.asarray(self._see(rows, *bounds, query_start))
+        bounds = (slice_axis(x, key_start, columns, 1) for x in (self.lower, self.upper))
+        part = HiddenRows(*bounds, slice_axis(self.rows, query_start, rows, 0))
+        return jnp.asarray(part._see())
 
     def block_map_bnij(self, t, s, block_q, block_k):
+        row = self._of(t, s).rows
+        if not (isinstance(row, np.ndarray) and (np.diff(row) == 1).all()):
+            return super().block_map_bnij(t, s, block_q, block_k)
         # Rows and columns change places: a column hides what an interval of a row would show.
-        bounds = [x[None, None] - self.query_start for x in (self.lower, self.upper)]
-        hidden = count_visible(*normalise(*bounds, t), t, block_k, block_q).swapaxes(2, 3)
-        rows = np.minimum(block_q, t - np.arange(0, t, block_q))[:, None]
-        columns = np.minimum(block_k, s - np.arange(0, s, block_k))
-        xp = np if isinstance(hidden, np.ndarray) else jnp
-        kinds = xp.where(hidden == 0, FULL, xp.where(hidden == rows * columns, EMPTY, PARTIAL))
-        return kinds.astype(np.int8)
+        bounds = (x[None, None] - row[0] for x in (self.lower, self.upper))
+        hidden = Visibility(*normalise(*bounds, t)).block_map(s, t, block_k, block_q)
+        return FULL - hidden.swapaxes(2, 3)
 
-    def _check(self, s):
+    def _of(self, t, s):
         if self.lower.shape[-1] != s:
             raise ValueError(f"columns are given for {self.lower.shape[-1]} keys, not for {s}")
+        return (
+            self
+            if self.rows is not None
+            else HiddenRows(self.lower, self.upper, np.arange(t, dtype=np.int32))
+        )
 
-    def _see(self, rows, lower, upper, query_start):
-        parts = (lower, upper, query_start, self.query_start)
-        xp = np if all(isinstance(x, (np.ndarray, int)) for x in parts) else jnp
-        row = self.query_start + query_start + xp.arange(rows, dtype=np.int32)[:, None]
-        hidden = (row >= lower[:, None]) & (row < upper[:, None])
+    def _see(self):
+        row = self.rows[:, None]
+        hidden = (row >= self.lower[:, None]) & (row < self.upper[:, None])
         return ~hidden.any(axis=0)[None, None]
 
 
@@ -293,6 +371,9 @@ class PerHead(Mask):
     def pad(self, t, s, to_t, to_s):
         return PerHead(tuple(mask.pad(t, s, to_t, to_s) for mask in self.masks))
 
+    def take(self, queries, keys, t, s):
+        return PerHead(tuple(mask.take(queries, keys, t, s) for mask in self.masks))
+
     def window(self, query_start, queries, key_start, keys, t, s):
         arguments = (query_start, queries, key_start, keys, t, s)
         return PerHead(tuple(mask.window(*arguments) for mask in self.masks))
@@ -316,9 +397,12 @@ class QueryLengths(Mask):
 
 def _incidence(blocks_of, count, size):
     """1 where a tile of `size` positions touches a block, float32 `[tiles, count]`."""
-    positions = np.asarray(blocks_of)
-    touched = np.zeros((math.ceil(len(positions) / size), count), np.float32)
-    touched[np.arange(len(positions)) // size, positions] = 1
+    tile = np.arange(len(blocks_of)) // size
+    shape = (math.ceil(len(blocks_of) / size), count)
+    if not isinstance(blocks_of, np.ndarray):
+        return jnp.zeros(shape, jnp.float32).at[tile, blocks_of].set(1)
+    touched = np.zeros(shape, np.float32)
+    touched[tile, blocks_of] = 1
     return touched
 
 
@@ -326,11 +410,3 @@ def _stack_heads(parts):
     b = max(part.shape[0] for part in parts)
     xp = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
     return xp.concatenate([xp.broadcast_to(p, (b, *p.shape[1:])) for p in parts], axis=1)
-
-
-def _slice_axis(x, start, size, axis):
-    if isinstance(start, (int, np.integer)):
-        index = [slice(None)] * x.ndim
-        index[axis] = slice(int(start), int(start) + size)
-        return x[tuple(index)]
-    return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis=axis)

@@ -116,6 +116,51 @@ class Visibility:
             rest = rest.window(query_start, queries, key_start, keys, t, s)
         return Visibility(lower, upper, query_ids, key_ids, rest)
 
+    def take(self, queries: Any, keys: Any, t: int, s: int) -> "Visibility":
+        """Pick out queries and keys, numbered in their new order.
+
+        An interval of keys stays one interval, because keys keep their order.
+
+        Args:
+          queries: int32 `[t']` positions; t and above stand for queries that see nothing. None
+            for all, as they are.
+          keys: int32 `[s']` positions in increasing order; s and above, at the end, stand for keys
+            that nobody sees. None for all, as they are.
+          t, s: lengths of this visibility.
+
+        Returns:
+          The visibility for lengths t' and s', with explicit intervals.
+        """
+        whole = self.with_intervals(t, s)
+        lower, upper = whole.lower, whole.upper
+        query_ids, key_ids, rest = whole.query_ids, whole.key_ids, whole.rest
+        if queries is not None:
+            lower, upper = (_take_last(x, queries) for x in (lower, upper))
+            upper = _where(queries < t, upper, lower)
+            if query_ids is not None:
+                query_ids = _take_last(query_ids, queries)
+        if keys is not None:
+            lower, upper = (_count_below(keys, x) for x in (lower, upper))
+            if key_ids is not None:
+                key_ids = _take_last(key_ids, keys)
+        if rest is not None:
+            rest = rest.take(queries, keys, t, s)
+        return Visibility(lower, upper, query_ids, key_ids, rest)
+
+    def heads(self, start: Any, count: int) -> "Visibility":
+        """Restrict to a range of heads; what serves all heads stays as it is.
+
+        Args:
+          start: first head; an integer, or a traced one.
+          count: number of heads.
+        """
+        lower, upper = (
+            x if x is None or x.shape[1] == 1 else slice_axis(x, start, count, 1)
+            for x in (self.lower, self.upper)
+        )
+        rest = self.rest if self.rest is None else self.rest.heads(start, count)
+        return dataclasses.replace(self, lower=lower, upper=upper, rest=rest)
+
     def tile(self, query_start: Any, key_start: Any, rows: int, columns: int) -> Array | None:
         """Evaluate one tile; it must lie inside the lengths (pad first).
 
@@ -178,11 +223,9 @@ class Visibility:
         tiles_q, tiles_k = math.ceil(t / block_q), math.ceil(s / block_k)
         kinds = xp.full((1, 1, tiles_q, tiles_k), FULL, np.int8)
         if self.lower is not None:
-            count = count_visible(self.lower, self.upper, s, block_q, block_k)
-            rows = np.minimum(block_q, t - block_q * np.arange(tiles_q))[:, None]
-            columns = np.minimum(block_k, s - block_k * np.arange(tiles_k))
-            kind = xp.where(count == rows * columns, FULL, xp.where(count == 0, EMPTY, PARTIAL))
-            kinds = xp.minimum(kinds, kind.astype(np.int8))
+            is_known = isinstance(self.lower, np.ndarray) and isinstance(self.upper, np.ndarray)
+            find = _interval_kinds if is_known else _traced_interval_kinds
+            kinds = xp.minimum(kinds, find(self.lower, self.upper, s, block_q, block_k))
         if self.query_ids is not None:
             kinds = xp.minimum(
                 kinds, _segment_kinds(self.query_ids, self.key_ids, block_q, block_k)
@@ -220,12 +263,16 @@ def normalise(lower: Any, upper: Any, s: int) -> tuple[Any, Any]:
         return lower, xp.maximum(lower, upper)
     lower = xp.where(lower < upper, lower, s)  # Empty ones go last.
     upper = xp.maximum(lower, upper)
-    order = xp.argsort(lower, axis=2)
-    lower, upper = (xp.take_along_axis(x, order, axis=2) for x in (lower, upper))
+    if is_static and ((lower[:, :, 1:] > upper[:, :, :-1]) | (lower[:, :, 1:] == s)).all():
+        used = max(1, int((lower < s).any(axis=(0, 1, 3)).sum()))
+        return lower[:, :, :used], upper[:, :, :used]
     if not is_static:
+        lower, upper = jax.lax.sort((lower, upper), dimension=2, num_keys=1)
         reached = jax.lax.cummax(upper, axis=2)[:, :, :-1]
         lower = lower.at[:, :, 1:].max(reached)
         return lower, xp.maximum(lower, upper)
+    order = np.argsort(lower, axis=2)
+    lower, upper = (np.take_along_axis(x, order, axis=2) for x in (lower, upper))
     new_lower, new_upper = np.full_like(lower, s), np.full_like(upper, s)
     slot = np.full(lower[:, :, :1].shape, -1)
     reached = np.full(slot.shape, -1, lower.dtype)
@@ -240,44 +287,6 @@ def normalise(lower: Any, upper: Any, s: int) -> tuple[Any, Any]:
         np.put_along_axis(new_upper, at, np.where(slot >= 0, reached, s), axis=2)
     used = max(1, int(slot.max()) + 1)
     return new_lower[:, :, :used], new_upper[:, :, :used]
-
-
-def count_visible(lower: Any, upper: Any, s: int, block_q: int, block_k: int) -> Any:
-    """Count the visible elements of every tile of a grid, exactly and without the dense mask.
-
-    With S(x) = sum over rows of max(x - lower, 0) - max(x - upper, 0), the number of visible keys
-    below x, a tile between the keys x and y holds S(y) - S(x).
-
-    Args:
-      lower, upper: int32 `[b|1, n|1, r, t]`, disjoint per query.
-      s: number of keys.
-      block_q, block_k: size of a tile.
-
-    Returns:
-      int `[b|1, n|1, tiles_q, tiles_k]`; NumPy for NumPy intervals.
-    """
-    b, n, r, t = lower.shape
-    tiles_q, tiles_k = math.ceil(t / block_q), math.ceil(s / block_k)
-    edges = np.minimum(block_k * np.arange(tiles_k + 1), s)
-    if isinstance(lower, np.ndarray) and isinstance(upper, np.ndarray):
-        tile_of_row = np.arange(t) // block_q
-        group = np.arange(b * n).reshape(b, n, 1, 1)
-        below = np.zeros((b * n, tiles_q, tiles_k + 1), np.int64)
-        for bound, sign in ((lower, 1), (np.maximum(lower, upper), -1)):
-            column = np.minimum(bound // block_k, tiles_k - 1)
-            slot = ((group * tiles_q + tile_of_row) * tiles_k + column).ravel()
-            size = b * n * tiles_q * tiles_k
-            rows = np.bincount(slot, minlength=size).reshape(-1, tiles_q, tiles_k)
-            # Sums of indices are exact in float64 below 2 ** 53.
-            sums = np.bincount(slot, weights=bound.ravel().astype(np.float64), minlength=size)
-            sums = sums.reshape(rows.shape).astype(np.int64)
-            below[..., 1:] += sign * (edges[1:] * rows.cumsum(-1) - sums.cumsum(-1))
-        return np.diff(below, axis=-1).reshape(b, n, tiles_q, tiles_k)
-    to = tiles_q * block_q
-    lower, upper = _pad_last(lower, to, 0), _pad_last(upper, to, 0)
-    lower, upper = (x.reshape(b, n, r, tiles_q, block_q, 1) for x in (lower, upper))
-    seen = jnp.minimum(upper, edges[1:]) - jnp.maximum(lower, edges[:-1])
-    return jnp.maximum(seen, 0).sum(axis=(2, 4))
 
 
 @jax.tree_util.register_dataclass
@@ -305,13 +314,65 @@ def schedule(block_map: Any) -> Schedule:
     Pass the block map with its last two axes exchanged for the queries that each tile of keys must
     visit. NumPy in, NumPy out.
     """
-    xp = np if isinstance(block_map, np.ndarray) else jnp
     parts = []
     for kind in (FULL, PARTIAL):
         chosen = block_map == kind
-        order = xp.argsort(~chosen, axis=-1, stable=True).astype(np.int32)
-        parts += [order, chosen.sum(axis=-1).astype(np.int32)]
+        if isinstance(block_map, np.ndarray):
+            tile = np.arange(block_map.shape[-1], dtype=np.int32)
+            count = chosen.sum(axis=-1, dtype=np.int32)
+            order = np.zeros(block_map.shape, np.int32)
+            order[tile < count[..., None]] = np.broadcast_to(tile, block_map.shape)[chosen]
+        else:
+            order = jnp.argsort(~chosen, axis=-1, stable=True).astype(np.int32)
+            count = chosen.sum(axis=-1).astype(np.int32)
+        parts += [order, count]
     return Schedule(*parts)
+
+
+def _interval_kinds(lower, upper, s, block_q, block_k):
+    """Classify the tiles of NumPy intervals in time of the rows and of the tiles, not of both.
+
+    Every row gives each tile of keys 0 points if it misses it, r + 1 if it fills it, and 1 for each
+    of its r intervals that enters it otherwise. Disjoint intervals that do not touch never reach
+    r + 1 in a tile together, so that a tile is FULL if its rows have all given as many. The points
+    of an interval change at four tiles at most; a sum over the changes gives those of every tile.
+    """
+    b, n, r, t = lower.shape
+    if r > 1:
+        # Two intervals that touch would fill a tile that neither fills alone.
+        lower, upper = normalise(lower, upper, s)
+        r = lower.shape[2]
+    tiles_q, tiles_k = math.ceil(t / block_q), math.ceil(s / block_k)
+    # The end of the keys ends their last tile, whatever its size.
+    ends = np.where(upper == s, tiles_k, upper // block_k)
+    touched = lower // block_k, -(-upper // block_k)
+    filled = -(-lower // block_k), ends
+    group = np.arange(b * n).reshape(b, n, 1, 1)
+    line = (tiles_k + 1) * (group * tiles_q + np.arange(t) // block_q)
+    changes = np.zeros(b * n * tiles_q * (tiles_k + 1), np.int32)
+    for (first, end), points in ((touched, 1), (filled, r)):
+        is_some = (lower < upper) & (first < end)
+        for edge, sign in ((first, 1), (end, -1)):
+            np.add.at(changes, (line + edge)[is_some], np.int32(sign * points))
+    points = changes.reshape(b, n, tiles_q, tiles_k + 1).cumsum(axis=-1, dtype=np.int32)[..., :-1]
+    rows = np.minimum(block_q, t - block_q * np.arange(tiles_q, dtype=np.int32))[:, None]
+    # EMPTY, PARTIAL and FULL are 0, 1 and 2.
+    return (points > 0).astype(np.int8) + (points == (r + 1) * rows)
+
+
+def _traced_interval_kinds(lower, upper, s, block_q, block_k):
+    """Classify the tiles of traced intervals by the number of visible elements of each."""
+    b, n, r, t = lower.shape
+    tiles_q, tiles_k = math.ceil(t / block_q), math.ceil(s / block_k)
+    edges = np.minimum(block_k * np.arange(tiles_k + 1), s)
+    rows = np.minimum(block_q, t - block_q * np.arange(tiles_q))[:, None]
+    to = tiles_q * block_q
+    lower, upper = _pad_last(lower, to, 0), _pad_last(upper, to, 0)
+    lower, upper = (x.reshape(b, n, r, tiles_q, block_q, 1) for x in (lower, upper))
+    seen = jnp.minimum(upper, edges[1:]) - jnp.maximum(lower, edges[:-1])
+    count = jnp.maximum(seen, 0).sum(axis=(2, 4))
+    kinds = jnp.where(count == rows * np.diff(edges), FULL, jnp.where(count == 0, EMPTY, PARTIAL))
+    return kinds.astype(np.int8)
 
 
 def _segment_kinds(query_ids, key_ids, block_q, block_k):
@@ -346,9 +407,40 @@ def _pad_last(x, size, value):
 
 
 def _slice_last(x, start, size):
+    return slice_axis(x, start, size, x.ndim - 1)
+
+
+def slice_axis(x: Any, start: Any, size: int, axis: int) -> Any:
+    """Return a range of an axis; NumPy stays NumPy unless the start is traced."""
     if isinstance(start, (int, np.integer)):
-        return x[..., int(start) : int(start) + size]
-    return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis=-1)
+        index = [slice(None)] * x.ndim
+        index[axis] = slice(int(start), int(start) + size)
+        return x[tuple(index)]
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size, axis=axis)
+
+
+def take_axis(x: Any, positions: Any, axis: int) -> Any:
+    """Pick positions out of an axis, the last one for those beyond it. NumPy in, NumPy out."""
+    is_static = isinstance(x, np.ndarray) and isinstance(positions, np.ndarray)
+    xp = np if is_static else jnp
+    return xp.take(xp.asarray(x), xp.minimum(positions, x.shape[axis] - 1), axis=axis)
+
+
+def _take_last(x, positions):
+    return take_axis(x, positions, x.ndim - 1)
+
+
+def _count_below(keys, bounds):
+    """Count the keys below each bound, int32 in the shape of the bounds."""
+    if isinstance(keys, np.ndarray) and isinstance(bounds, np.ndarray):
+        return np.searchsorted(keys, bounds).astype(np.int32)
+    # Both sorted at once: a binary search would be a loop of gathers.
+    return jnp.searchsorted(jnp.asarray(keys), jnp.asarray(bounds), method="sort").astype(np.int32)
+
+
+def _where(condition, x, y):
+    is_static = all(isinstance(array, np.ndarray) for array in (condition, x, y))
+    return (np if is_static else jnp).where(condition, x, y)
 
 
 def _clip(x, low, high):
