@@ -63,8 +63,8 @@ def test_long_context_suite(launch, tmp_path):
     done = launch("benchmark", *arguments, "--dry_run")
     assert done.returncode == 0, done.stderr
     cells = [
-        "chunked@1/causal/float32/256x4x2x32/both/0",
-        "cudnn@1/causal/float32/256x4x2x32/both/0",
+        "chunked@1/causal/float32/256x8x2x32/both/0",
+        "cudnn@1/causal/float32/256x8x2x32/both/0",
     ]
     assert done.stdout.splitlines() == cells
     for _ in range(2):

@@ -21,7 +21,7 @@ class PlacementBalance:
       ranks: number of ranks.
       tokens_per_rank: their tokens.
       distribution: of document lengths, see `lengths.sampler`.
-      chunk: tokens that "balanced" moves together; 0 for a sixteenth of a rank's share.
+      chunk: tokens that "balanced" moves together; 0 for what its plans choose.
       draws: masks for each seed.
     """
 

@@ -41,7 +41,7 @@ PRESETS = {
         "patterns": tuple(PATTERNS),
         "kernels": ("chunked", "cudnn", "predicate", "columns"),
         "lengths": (256,),
-        "heads": ((4, 2, 32),),
+        "heads": ((8, 2, 32),),
         "dtypes": ("float32",),
         "directions": ("both",),
         "devices": (8,),

@@ -132,11 +132,8 @@ class Method:
         Raises:
           NotImplementedError: the case is not supported.
         """
-        if self.name == "ulysses" and case.n % case.devices:
-            raise NotImplementedError(
-                f"ulysses: {case.n} query heads over {case.devices} devices not supported"
-            )
-        return layouts.attend(self.name, case.make_mask(), case.devices)
+        heads = (case.n, case.k)
+        return layouts.attend(self.name, case.make_mask(), case.t, heads, case.devices)
 
 
 METHODS = {name: Method(name) for name in layouts.METHODS}

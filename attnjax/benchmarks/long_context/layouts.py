@@ -2,39 +2,40 @@
 """The one place that knows the context-parallel attentions: methods, placements and meshes.
 
 Methods refuse what they cannot do with ValueError; here that becomes NotImplementedError, the
-benchmark's word for a cell that is reported and not run.
+benchmark's word for a cell that is reported and not run. A method that is added to
+`attnjax.parallel.context` takes part at once.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnjax.ops.mask import Mask
-from attnjax.parallel import make_mesh
+from attnjax.parallel import context_attention, dispatch, make_mesh
+from attnjax.parallel.context import ContextPlan, layout, plan
 
 AXIS = "context"
 """Mesh axis over which tokens are split."""
 
-METHODS = ("ulysses", "ring", "all_gather", "usp", "double_ring", "hybrid", "balanced")
-"""Context-parallel attentions; the names `context_attention` knows, without "auto"."""
-
-MOST_ULYSSES = 8
-"""Devices of the inner axis of the two-dimensional methods: as many as one machine has."""
+METHODS = tuple(name for name in plan.METHODS if name != "auto")
+"""Context-parallel attentions."""
 
 
-def degrees(method: str, devices: int) -> tuple[int, int]:
+def degrees(method: str, devices: int, heads: int) -> tuple[int, int]:
     """Return over how many devices heads are exchanged, and over how many keys travel.
 
     Args:
       method: one of `METHODS`.
-      devices: in all; their product.
+      devices: in all; the product of both.
+      heads: query heads.
     """
     if method == "ulysses":
         return devices, 1
     if method in ("usp", "double_ring"):
-        inner = max(u for u in range(1, min(devices, MOST_ULYSSES) + 1) if devices % u == 0)
+        inner = plan.most_heads_ways(heads, devices)
         return inner, devices // inner
     return 1, devices
 
@@ -56,27 +57,52 @@ def token_sharding(devices: int) -> NamedSharding:
     return NamedSharding(context_mesh(devices), PartitionSpec(None, AXIS))
 
 
-def attend(method: str, mask: Mask, devices: int) -> Callable[..., jax.Array]:
-    """Return a function of query, key and value in global order, which gives the output in it.
+@dataclasses.dataclass(frozen=True)
+class Attend:
+    """A method on arrays that lie as its plan has them, as they do between layers of a model.
 
-    Bringing tokens to their ranks and back is part of it.
+    Attributes:
+      plan: how attention is divided.
+      mask: for the sequence in global order.
+      mesh: of the devices.
+    """
+
+    plan: ContextPlan
+    mask: Mask
+    mesh: jax.sharding.Mesh
+
+    def place(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """Bring arrays `[b, t, n, h]` from global order to where the plan has them."""
+        move = jax.jit(lambda x: dispatch(x, self.plan.layout, mesh=self.mesh, axis_name=AXIS))
+        return tuple(move(x) for x in arrays)
+
+    def __call__(self, query, key, value, **options):
+        """Attend; arrays and results in the plan's order, fillers included."""
+        return context_attention(
+            query, key, value, mask=self.mask, plan=self.plan, mesh=self.mesh, axis=AXIS,
+            dispatched=True, **options,
+        )  # fmt: skip
+
+
+def attend(method: str, mask: Mask, t: int, heads: tuple[int, int], devices: int) -> Attend:
+    """Plan a method.
+
+    Args:
+      method: one of `METHODS`.
+      mask: for t queries and as many keys.
+      t: tokens.
+      heads: query heads and key/value heads.
+      devices: that share the tokens.
 
     Raises:
-      NotImplementedError: there are too few devices; from the function, when the method refuses.
+      NotImplementedError: there are too few devices, or the method refuses.
     """
-    from attnjax.parallel import context_attention
-
     mesh = context_mesh(devices)
-
-    def function(query, key, value):
-        try:
-            return context_attention(
-                query, key, value, mask=mask, method=method, mesh=mesh, axis=AXIS
-            )
-        except ValueError as error:
-            raise NotImplementedError(f"{method}: {error}") from error
-
-    return function
+    try:
+        made = plan.plan_context(mask, t, devices, n=heads[0], k=heads[1], method=method)
+    except ValueError as error:
+        raise NotImplementedError(f"{method}: {error}") from error
+    return Attend(made, mask, mesh)
 
 
 PLACEMENTS: dict[str, Callable] = {
@@ -100,7 +126,7 @@ def place(name: str, drawn, ranks: int, chunk: int = 0) -> np.ndarray:
       name: key of `PLACEMENTS`.
       drawn: a `patterns.Drawn`.
       ranks: number of ranks.
-      chunk: tokens that "balanced" moves together; 0 for a sixteenth of a rank's share.
+      chunk: tokens that "balanced" moves together; 0 for what its plans choose.
 
     Returns:
       int32 `[ranks, tokens of a rank]`; entries of `drawn.total` or more are padding.
@@ -108,9 +134,7 @@ def place(name: str, drawn, ranks: int, chunk: int = 0) -> np.ndarray:
     Raises:
       ValueError: the name is unknown or the layout refuses.
     """
-    from attnjax.parallel.context import layout
-
     if name not in PLACEMENTS:
         raise ValueError(f"placement {name!r} is unknown; choose from {list(PLACEMENTS)}")
-    chunk = chunk or max(1, drawn.total // (16 * ranks))
+    chunk = chunk or plan.choose_chunk(drawn.total, ranks)
     return np.asarray(PLACEMENTS[name](layout, drawn, ranks, chunk).positions)

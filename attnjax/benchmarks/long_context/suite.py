@@ -103,7 +103,7 @@ def measure(
         row.update({"mask": case.label, "peak_bytes": row.get("peak_bytes", "")})
         name = row["contestant"]
         row["ulysses"], row["ring"] = (
-            (1, 1) if case.devices == 1 else layouts.degrees(name, case.devices)
+            (1, 1) if case.devices == 1 else layouts.degrees(name, case.devices, case.n)
         )
         if row["status"] == OK:
             times = [row["median_ms"]] * case.devices

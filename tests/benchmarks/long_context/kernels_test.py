@@ -168,5 +168,5 @@ def test_other_errors_are_not_hidden():
 
 def test_heads_that_devices_do_not_divide(documents):
     case = make_case("causal", "float32", documents, devices=8)
-    with pytest.raises(NotImplementedError, match="4 query heads over 8 devices"):
+    with pytest.raises(NotImplementedError, match="4 heads over 8 ranks"):
         METHODS["ulysses"](case)
