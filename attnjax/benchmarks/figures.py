@@ -138,7 +138,8 @@ def draw_balance(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
     for i, line in enumerate(values):
         for j, value in enumerate(line):
             text = "-" if math.isnan(value) else f"{value:.3f}"
-            axes.text(j, i, text, ha="center", va="center", fontsize=8)
+            color = "white" if value > 1.7 else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_yticks(range(len(lines)), [f"{m}, {n} devices" for m, n in lines], fontsize=8)
     axes.set_title("largest over mean area", fontsize=9)

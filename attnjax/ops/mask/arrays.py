@@ -325,8 +325,10 @@ class HiddenRows(Mask):
 
     def _see(self):
         row = self.rows[:, None]
-        hidden = (row >= self.lower[:, None]) & (row < self.upper[:, None])
-        return ~hidden.any(axis=0)[None, None]
+        seen = True
+        for lower, upper in zip(self.lower, self.upper, strict=True):
+            seen = seen & ((row < lower) | (row >= upper))
+        return seen[None, None]
 
 
 @register(("masks",))
