@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A paper's claim as a value: training runs to compare, conditions to meet, and the arithmetic.
+"""A paper's claim as a value: what to compare, conditions to meet, and the arithmetic.
 
 `configs/<slug>/claim.py` defines `get_claim() -> Claim`. Nothing here trains anything or imports
 JAX; `attnjax.train.claim` runs the arms.
@@ -8,7 +8,7 @@ JAX; `attnjax.train.claim` runs the arms.
 import dataclasses
 import operator
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attnjax import recipe as recipe_lib
@@ -45,6 +45,32 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Measurement:
+    """An arm that trains nothing: a registered measurement.
+
+    Attributes:
+      metric: a name in the registry's table of measurements, such as "placement_balance".
+      options: arguments of its constructor; the made object turns a seed into a number.
+    """
+
+    metric: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def make(self) -> Callable[[int], float]:
+        """Return the function of a seed.
+
+        Raises:
+          RecipeError: the name or an option is wrong.
+        """
+        target = registry.resolve("measurement", self.metric)
+        recipe_lib.check_arguments(target, self.options, f"measurement {self.metric}")
+        try:
+            return target(**self.options)
+        except ValueError as error:
+            raise RecipeError(f"measurement {self.metric}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
 class Condition:
     """A bound that must hold for every seed.
 
@@ -66,7 +92,7 @@ class Claim:
     Attributes:
       statement: the claim in one sentence.
       baseline: what it is compared with, in one sentence.
-      arms: runs by name.
+      arms: what is compared, by name.
       conditions: all of them must hold for every seed.
       effect: the headline number: an arm, or a difference such as "cross - none".
       seeds: number of seeds (0, 1, ...) by default.
@@ -74,7 +100,7 @@ class Claim:
 
     statement: str
     baseline: str
-    arms: Mapping[str, Arm]
+    arms: Mapping[str, Arm | Measurement]
     conditions: Sequence[Condition]
     effect: str
     seeds: int = 3
@@ -100,9 +126,11 @@ class Claim:
                 )
         for name, arm in self.arms.items():
             try:
-                recipe = arm.recipe(seed=0)
+                recipe = arm.make() if isinstance(arm, Measurement) else arm.recipe(seed=0)
             except RecipeError as error:
                 raise RecipeError(f"claim, arm {name!r}: {error}") from error
+            if isinstance(arm, Measurement):
+                continue
             if arm.metric.partition("/")[0] not in recipe.evals:
                 raise RecipeError(
                     f"claim, arm {name!r}: metric {arm.metric!r} belongs to no evaluation: "

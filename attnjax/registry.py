@@ -37,6 +37,12 @@ SYSTEMS = {
             "CrossViT: dual-branch vision transformer with cross-attention fusion",
             "attnjax.models.crossvit:CrossViT",
         ),
+        System(
+            "long_context_bench",
+            "benchmark",
+            "LongCA-bench: masks x kernels x context-parallel attentions",
+            "attnjax.benchmarks.long_context.grid:Grid",
+        ),
     )
 }
 
@@ -60,11 +66,16 @@ PIPELINES = {
     "small_images": "attnjax.data.pipelines:SmallImages",
 }
 
+MEASUREMENTS = {
+    "placement_balance": "attnjax.benchmarks.long_context.claim:PlacementBalance",
+}
+
 TABLES = {
     "model": {slug: system.target for slug, system in SYSTEMS.items() if system.kind == "model"},
     "task": TASKS,
     "source": SOURCES,
     "pipeline": PIPELINES,
+    "measurement": MEASUREMENTS,
 }
 
 
@@ -88,7 +99,7 @@ def resolve(table: str, name: str) -> Any:
     """Import and return the class registered under a name.
 
     Args:
-      table: one of `TABLES` (`model`, `task`, `source`, `pipeline`).
+      table: one of `TABLES` (`model`, `task`, `source`, `pipeline`, `measurement`).
       name: a registered name.
 
     Returns:

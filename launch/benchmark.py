@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure speed: python -m launch.benchmark --suite=attention --out=DIR
-or --suite=scale_factor --out=DIR, or --suite=training --config=FILE [--peer=timm]
+(or long_context, scale_factor), or --suite=training --config=FILE [--peer=timm]
 
 attention: implementations and installed peers in turns; results.csv (resumable) and results.png.
+long_context: LongCA-bench, kernels and context-parallel attentions; likewise, and its own tables.
 scale_factor: what tiling and devices each do for time and length; results.csv.
 With --tune: tile sizes of our implementations in turns; tuning.json, see attnjax/ops/tuning.py.
 training: a recipe's step and forward pass, its data pipeline, and a peer in turns.
@@ -21,6 +22,7 @@ from launch import command
 
 GRIDS = {
     "attention": "attnjax.benchmarks.attention",
+    "long_context": "attnjax.benchmarks.long_context.suite",
     "scale_factor": "attnjax.benchmarks.scale_factor",
 }
 SUITES = (*GRIDS, "training")

@@ -7,23 +7,30 @@ a value of its cell. Results are appended to a CSV file case by case, and cells 
 already holds are not measured again.
 """
 
-import csv
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import pathlib
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from attnjax.benchmarks.contestants import CONTESTANTS, MASKS, Case, Torch, with_backward
+from attnjax.benchmarks import turns
+from attnjax.benchmarks.contestants import (
+    CONTESTANTS,
+    MASKS,
+    Case,
+    Function,
+    Torch,
+    with_backward,
+)
 from attnjax.benchmarks.figures import draw_attention
-from attnjax.timing import Timing, alternate
+from attnjax.benchmarks.turns import Protocol
 
 # b, t, n, k, h
 SHAPES = {
@@ -105,15 +112,15 @@ def run(
     Returns:
       All rows of the file, old and new.
     """
-    rows = read(path)
+    rows = turns.read(path, FIELDS)
     known = {row_cell(row) for row in rows}
     with Torch(threads=os.cpu_count() or 1) as torch:
         for case, names in cases:
             missing = [name for name in names if cell(name, case) not in known]
             if not missing:
                 continue
-            fresh = measure(case, missing, torch, budget)
-            _append(path, fresh)
+            fresh = measure(case, missing, torch, Protocol(budget=budget))
+            turns.append(path, FIELDS, fresh)
             rows += fresh
             times = ", ".join(
                 f"{r['contestant']} {r['median_ms']} ms" for r in fresh if r["status"] == "ok"
@@ -122,50 +129,48 @@ def run(
     return rows
 
 
-def measure(case: Case, names: Sequence[str], torch: Torch, budget: float) -> list[dict[str, Any]]:
-    """Measure the named contestants on one case, in turns, and return one row for each."""
+def measure(
+    case: Case,
+    names: Sequence[str],
+    torch: Torch,
+    protocol: Protocol,
+    contestants: Mapping[str, Callable[[Case], Function]] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure contestants on one case, in turns.
+
+    Args:
+      case: what is computed.
+      names: keys of `contestants`, or "torch".
+      torch: the process of PyTorch.
+      protocol: how often.
+      contestants: by name; `CONTESTANTS` if None.
+
+    Returns:
+      One row for each name.
+    """
+    contestants = CONTESTANTS if contestants is None else contestants
     rows = {name: _blank(name, case) for name in names}
-    runners: dict[str, Callable[[], float]] = {}
-    arrays = case.arrays()
+    runners = {}
+    arrays = functools.cache(case.arrays)
     for name in names:
-        try:
-            runners[name] = (
-                torch.prepare(case) if name == "torch" else _compile(name, case, arrays, rows[name])
-            )
-        except NotImplementedError as refusal:
-            reason = " ".join(str(refusal).split())
-            rows[name]["status"] = f"refused: {reason}"
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            rows[name]["status"] = "out of memory"
-    if not runners:
-        return list(rows.values())
-    # A runner returns its own seconds, so that talking to another process does not count.
-    own: dict[str, list[float]] = {name: [] for name in runners}
-    turns = {name: (lambda name=name: own[name].append(runners[name]())) for name in runners}
-    timings = alternate(turns, rounds=40, warmup=1, budget=budget)
-    for name, timing in timings.items():
-        seconds = Timing(tuple(own[name][1:]))
-        assert len(seconds.seconds) == len(timing.seconds)
-        rows[name] |= {
-            "status": "ok",
-            "median_ms": round(1e3 * seconds.median, 4),
-            "low_ms": round(1e3 * seconds.quantile(0.2), 4),
-            "high_ms": round(1e3 * seconds.quantile(0.8), 4),
-            "rounds": len(seconds.seconds),
-            "tflops": round(case.flops / seconds.median / 1e12, 4),
-        }
+        make = (
+            functools.partial(torch.prepare, case)
+            if name == "torch"
+            else functools.partial(_compile, contestants[name], case, arrays, rows[name])
+        )
+        runner = turns.prepare(make, rows[name])
+        if runner is not None:
+            runners[name] = runner
+    turns.time_all(runners, rows, case.flops, protocol)
     return list(rows.values())
 
 
 def _blank(name, case):
     empty = dict.fromkeys(FIELDS, "")
-    shape = {k: v for k, v in dataclasses.asdict(case).items()}
     device = jax.devices()[0]
     return {
         **empty,
-        **shape,
+        **dataclasses.asdict(case),
         "contestant": name,
         "area": case.area,
         "device": device.device_kind,
@@ -174,41 +179,22 @@ def _blank(name, case):
     }
 
 
-def _compile(name, case, arrays, row):
+def _compile(contestant, case, arrays, row):
     """Compile a contestant; return a function that runs it once and returns the seconds."""
+    attend = contestant(case)
+    arrays = arrays()
+    if hasattr(attend, "place"):
+        # Where a contestant keeps its arrays between calls; moving them there is not its time.
+        arrays = attend.place(arrays)
     *inputs, cotangent = arrays
-    attend = CONTESTANTS[name](case)
-    arguments = (*inputs, cotangent) if case.direction == "both" else tuple(inputs)
-    begun = time.perf_counter()
-    try:
-        function = jax.jit(with_backward(attend) if case.direction == "both" else attend)
-        compiled = function.lower(*arguments).compile()
-    except ExceptionGroup as group:
-        raise NotImplementedError("; ".join(str(e) for e in group.exceptions)) from group
-    row["compile_seconds"] = round(time.perf_counter() - begun, 2)
-    row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-
-    def once():
-        begun = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        return time.perf_counter() - begun
-
-    return once
-
-
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the rows of a CSV file; none when it does not exist.
-
-    Raises:
-      ValueError: the file has other columns.
-    """
-    if not path.exists() or not path.stat().st_size:
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != FIELDS:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, expected {list(FIELDS)}")
-        return list(reader)
+    if case.direction == "backward":
+        # What the forward pass leaves is an argument.
+        out, pull = jax.jit(functools.partial(jax.vjp, attend))(*inputs)
+        run = lambda pull, cotangent: pull(cotangent.astype(out.dtype))
+        return turns.compiled(run, (pull, cotangent), row)
+    if case.direction == "both":
+        return turns.compiled(with_backward(attend), arrays, row)
+    return turns.compiled(attend, inputs, row)
 
 
 def row_cell(row: dict[str, Any]) -> str:
@@ -216,16 +202,6 @@ def row_cell(row: dict[str, Any]) -> str:
     numbers = {name: int(row[name]) for name in "btnkh"}
     case = Case(row["mask"], row["dtype"], direction=row["direction"], **numbers)
     return cell(row["contestant"], case)
-
-
-def _append(path, rows):
-    is_new = not path.exists() or not path.stat().st_size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnjax.ops import IMPLEMENTATIONS, attention, mask
 
@@ -33,6 +34,22 @@ MASKS: dict[str, Callable[[int], mask.Mask]] = {
 """Name -> mask for t queries and as many keys."""
 
 
+PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+"""Directions, and their operations as multiples of the forward pass."""
+
+
+def attention_flops(area: float, heads: int, width: int, direction: str = "forward") -> float:
+    """Return 4 area heads width, times 2.5 backward: two products forward, five backward.
+
+    Args:
+      area: visible elements of one head.
+      heads: query heads.
+      width: of a head.
+      direction: key of `PASSES`; a multiply-add is two operations.
+    """
+    return 4.0 * area * heads * width * PASSES[direction]
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is computed.
@@ -41,7 +58,7 @@ class Case:
       mask: key of `MASKS`.
       dtype: name of the dtype.
       b, t, n, k, h: examples, tokens (queries and keys), query heads, key/value heads, width.
-      direction: "forward", or "both" for the forward and the backward pass together.
+      direction: "forward", "backward", or "both" for one after the other.
     """
 
     mask: str
@@ -53,16 +70,20 @@ class Case:
     h: int
     direction: str
 
+    def make_mask(self) -> mask.Mask:
+        """Return the mask."""
+        return MASKS[self.mask](self.t)
+
     @property
-    def area(self) -> int:
-        """Visible elements of one example and head."""
-        return MASKS[self.mask](self.t).area(self.t, self.t)
+    def area(self) -> float:
+        """Visible elements of one example and head, the mean over heads if they differ."""
+        found = np.asarray(self.make_mask().area(self.t, self.t))
+        return found.item() if found.size == 1 else float(found.mean())
 
     @property
     def flops(self) -> float:
-        """Operations: 4 area n h forward, 2.5 times that backward (a multiply-add is two)."""
-        forward = 4.0 * self.b * self.area * self.n * self.h
-        return forward * (3.5 if self.direction == "both" else 1.0)
+        """Operations of one call, see `attention_flops`."""
+        return self.b * attention_flops(self.area, self.n, self.h, self.direction)
 
     def arrays(self) -> tuple[jax.Array, ...]:
         """Return query, key, value and a cotangent of the output, normally distributed."""
@@ -74,7 +95,7 @@ class Case:
         )
 
 
-Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Function = Callable[..., Any]
 
 
 def with_backward(attend: Function) -> Callable[..., Any]:
@@ -87,12 +108,24 @@ def with_backward(attend: Function) -> Callable[..., Any]:
     return both
 
 
-def ours(implementation: str) -> Callable[[Case], Function]:
-    """Return the contestant of one of our implementations."""
+def ours(
+    implementation: str | None, see: Callable[[Case], mask.Mask] = lambda case: case.make_mask()
+) -> Callable[[Case], Function]:
+    """Return the contestant of one of our implementations.
+
+    Args:
+      implementation: as `attention` takes it.
+      see: makes the mask of a case in the form that the contestant is given it.
+
+    Returns:
+      The contestant, whose functions also take the options of `attention` by name.
+    """
 
     def make(case: Case) -> Function:
-        seen = MASKS[case.mask](case.t)
-        return lambda q, k, v: attention(q, k, v, mask=seen, implementation=implementation)
+        seen = see(case)
+        return lambda q, k, v, **options: attention(
+            q, k, v, mask=seen, implementation=implementation, **options
+        )
 
     return make
 
@@ -103,7 +136,7 @@ def jax_nn(case: Case) -> Function:
     if case.mask == "causal":
         options["is_causal"] = True
     elif case.mask != "full":
-        options["mask"] = jnp.asarray(MASKS[case.mask](case.t).dense_bnts(case.t, case.t))
+        options["mask"] = jnp.asarray(case.make_mask().dense_bnts(case.t, case.t))
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options)
 
 
@@ -114,7 +147,7 @@ def flax(case: Case) -> Function:
         raise NotImplementedError("flax: no grouped-query heads")
     visible = None
     if case.mask != "full":
-        visible = jnp.asarray(MASKS[case.mask](case.t).dense_bnts(case.t, case.t))
+        visible = jnp.asarray(case.make_mask().dense_bnts(case.t, case.t))
     return lambda q, k, v: linen.dot_product_attention(q, k, v, mask=visible)
 
 
@@ -125,7 +158,7 @@ def tokamax(case: Case) -> Function:
     if case.mask == "causal":
         options["is_causal"] = True
     elif case.mask != "full":
-        options["mask"] = jnp.asarray(MASKS[case.mask](case.t).dense_bnts(case.t, case.t))
+        options["mask"] = jnp.asarray(case.make_mask().dense_bnts(case.t, case.t))
     return lambda q, k, v: module.dot_product_attention(q, k, v, **options)
 
 
@@ -203,8 +236,6 @@ def _parts(t, shares):
 
 def _block_sparse(t):
     """A quarter of the blocks of 128 tokens, the same for all heads, the diagonal always kept."""
-    import numpy as np
-
     size = min(128, t)
     count = t // size
     kept = np.random.default_rng(0).random((count, count)) < 0.25

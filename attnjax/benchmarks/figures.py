@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of benchmark results."""
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -55,4 +56,93 @@ def draw_attention(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    return True
+
+
+COLUMNS = 5
+"""Panels beside one another."""
+
+
+def draw_speed(points: Sequence[tuple[str, str, int, float]], path: pathlib.Path) -> bool:
+    """Draw speed against length, one panel per mask.
+
+    Args:
+      points: (mask, label of the line, tokens, TFLOP/s) each.
+      path: PNG file to write.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    if not points:
+        return False
+    import matplotlib.figure
+
+    masks, labels = (list(dict.fromkeys(point[i] for point in points)) for i in (0, 1))
+    columns = min(COLUMNS, len(masks))
+    rows = math.ceil(len(masks) / columns)
+    figure = matplotlib.figure.Figure((2.8 * columns + 2.4, 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    lines = {}
+    for axes, mask in zip(panels, masks, strict=False):
+        axes.set_title(mask, fontsize=8)
+        for i, label in enumerate(labels):
+            found = sorted((t, speed) for m, name, t, speed in points if (m, name) == (mask, label))
+            if found:
+                (lines[label],) = axes.plot(
+                    *zip(*found, strict=True), marker="o", markersize=3, color=f"C{i}",
+                    linestyle=("-", "--", ":")[i // 10 % 3], linewidth=1.2,
+                )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("tokens", fontsize=7)
+        axes.set_ylabel("TFLOP/s of a device", fontsize=7)
+    for axes in panels[len(masks) :]:
+        axes.set_axis_off()
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside right upper", fontsize=7, frameon=False
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def draw_balance(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
+    """Draw a table of largest over mean area: masks and devices down, placements across.
+
+    Args:
+      rows: with "placement", "devices", "mask", "status" and "max_over_mean"; the largest of
+        several draws is shown.
+      path: PNG file to write.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    rows = [row for row in rows if row["status"] == "ok"]
+    if not rows:
+        return False
+    import matplotlib.figure
+
+    names = list(dict.fromkeys(row["placement"] for row in rows))
+    lines = list(dict.fromkeys((row["mask"], row["devices"]) for row in rows))
+    values = [[math.nan] * len(names) for _ in lines]
+    for row in rows:
+        i, j = lines.index((row["mask"], row["devices"])), names.index(row["placement"])
+        value = float(row["max_over_mean"])
+        values[i][j] = value if math.isnan(values[i][j]) else max(values[i][j], value)
+    figure = matplotlib.figure.Figure(
+        (1.1 * len(names) + 3, 0.3 * len(lines) + 1.2), layout="constrained"
+    )
+    axes = figure.subplots()
+    axes.imshow(values, cmap="YlOrRd", vmin=1, vmax=2, aspect="auto")
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            text = "-" if math.isnan(value) else f"{value:.3f}"
+            color = "white" if value > 1.7 else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(lines)), [f"{m}, {n} devices" for m, n in lines], fontsize=8)
+    axes.set_title("largest over mean area", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
     return True

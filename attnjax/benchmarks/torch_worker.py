@@ -39,7 +39,7 @@ def prepare(torch, shape, kv_heads, dtype, mask, direction, threads):
       kv_heads: key/value heads.
       dtype: name of the dtype.
       mask: "full" or "causal".
-      direction: "forward" or "both".
+      direction: "forward", "backward" or "both".
       threads: CPU threads; 0 leaves torch's choice.
 
     Raises:
@@ -73,7 +73,15 @@ def prepare(torch, shape, kv_heads, dtype, mask, direction, threads):
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return {"forward": forward, "both": both}[direction]
+    if direction == "backward":
+        kept = attend(*leaves, **options)
+
+    def backward():
+        torch.autograd.grad(kept, leaves, cotangent, retain_graph=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return {"forward": forward, "backward": backward, "both": both}[direction]
 
 
 if __name__ == "__main__":

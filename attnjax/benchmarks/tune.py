@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from attnjax.benchmarks.attention import cell
-from attnjax.benchmarks.contestants import MASKS, Case, with_backward
+from attnjax.benchmarks.contestants import Case, with_backward
 from attnjax.errors import RecipeError
 from attnjax.ops import attention
 from attnjax.ops.tuning import TILES, Entry, Tuning, device_name, load, save
@@ -148,7 +148,7 @@ def measure(implementation: str, case: Case, budget: float) -> tuple[float, floa
 
 
 def _compiled(implementation, case, tuning, arrays):
-    seen = MASKS[case.mask](case.t)
+    seen = case.make_mask()
     attend = functools.partial(attention, mask=seen, implementation=implementation, tuning=tuning)
     compiled = jax.jit(with_backward(attend)).lower(*arrays).compile()
     return lambda: jax.block_until_ready(compiled(*arrays))

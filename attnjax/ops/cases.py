@@ -181,6 +181,9 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], masks.Mask]] = {
     "nothing": lambda case, rng: masks.array(np.zeros((1, 1), bool)),
     "dense": _dense,
     "predicate": lambda case, rng: masks.predicate(_third),
+    "columns": lambda case, rng: masks.from_columns(
+        masks.share_question(_lengths(case, rng)).columns(case.t, case.s)
+    ),
     "heads": lambda case, rng: masks.per_head(
         [(masks.causal(), masks.sliding_window(1, 1))[i % 2] for i in range(case.n)]
     ),
@@ -190,7 +193,7 @@ MASKS: dict[str, Callable[[Case, np.random.Generator], masks.Mask]] = {
 
 SQUARE = (
     "documents", "documents_full", "share_question", "causal_blockwise", "prefix_documents",
-    "global_window", "block_causal",
+    "global_window", "block_causal", "columns",
 )  # fmt: skip
 """Masks that need as many queries as keys."""
 

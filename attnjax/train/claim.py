@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a claim: train every arm with every seed, and judge."""
+"""Measure a claim: train or measure every arm with every seed, and judge."""
 
 import importlib.metadata
 import math
@@ -81,7 +81,9 @@ def _strict(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _measure_arm(arm: claim_lib.Arm, seed: int) -> float:
+def _measure_arm(arm: claim_lib.Arm | claim_lib.Measurement, seed: int) -> float:
+    if isinstance(arm, claim_lib.Measurement):
+        return round(float(arm.make()(seed)), 6)
     with tempfile.TemporaryDirectory(prefix="attnjax-claim-") as folder:
         try:
             result = run(arm.recipe(seed), pathlib.Path(folder) / "run")

@@ -15,6 +15,9 @@ import pytest
         (("--suite=attention",), "--out is missing"),
         (("--suite=attention", "--only=nobody"), "matches no cell"),
         (("--suite=attention", "--shapes=hug"), "choose from"),
+        (("--suite=long_context", "--shapes=hug"), "choose from"),
+        (("--suite=long_context", "--tune"), "--tune belongs to --suite=attention"),
+        (("--suite=long_context", "--shapes=quick:none.csv"), "cannot be read"),
         (
             ("--suite=training", "--config=configs/crossvit/smoke.py", "--out=/proc/none/x"),
             "cannot be written",
@@ -53,3 +56,24 @@ def test_dry_run_lists_the_cells(launch):
     done = launch("benchmark", "--suite=attention", "--dry_run", "--only=^chunked/full/.*/forward")
     assert done.returncode == 0, done.stderr
     assert "chunked/full/bfloat16/1x2048x8x8x64/forward" in done.stdout.splitlines()
+
+
+def test_long_context_suite(launch, tmp_path):
+    arguments = ("--suite=long_context", "--shapes=quick", "--only=(chunked|cudnn)@1/causal/")
+    done = launch("benchmark", *arguments, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    cells = [
+        "chunked@1/causal/float32/256x8x2x32/both/0",
+        "cudnn@1/causal/float32/256x8x2x32/both/0",
+    ]
+    assert done.stdout.splitlines() == cells
+    for _ in range(2):
+        done = launch("benchmark", *arguments, f"--out={tmp_path}", "--seconds=0.1")
+        assert done.returncode == 0, done.stderr
+        assert "refused: cudnn: dtype float32 not supported" in done.stdout
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+    (table,) = (tmp_path / "summary").iterdir()
+    header, chunked, cudnn = table.read_text().splitlines()
+    assert header == "baseline,masktype,world_size,wd,ulysses,ring,mean_tflops,mean_peak_mems"
+    assert chunked.startswith("chunked,causal,1,1f1b,1,1,0.") and cudnn.endswith(",-1,-1")
+    assert (tmp_path / "speed_both.png").exists()

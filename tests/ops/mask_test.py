@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks against their definitions, element by element, in every form they can take."""
 
+import dataclasses
 import time
 
 import jax
@@ -116,8 +117,11 @@ def test_every_form_agrees_with_the_definition(name):
                 parts[row, low:up] += 1
         np.testing.assert_array_equal(parts, expected)  # Disjoint, too.
         np.testing.assert_array_equal(made.columns(t, s).dense(t), expected)
+        again = mask.from_columns(made.columns(t, s))
+        np.testing.assert_array_equal(again.dense(t, s), expected)
         block_q, block_k = rng.integers(1, 20, 2)
-        assert expand(made.block_map(t, s, block_q, block_k), expected, block_q, block_k)
+        for one in (made, again):
+            assert expand(one.block_map(t, s, block_q, block_k), expected, block_q, block_k)
         visible = made.visibility(t, s)
         assert visible.rest is None and (visible.lower is None or visible.lower.shape[2] <= 2)
         np.testing.assert_array_equal(
@@ -191,6 +195,7 @@ MASKS = {
         [mask.causal(), mask.predicate(lambda q, k: q != k), mask.array(rng.random((48, 48)) < 0.5)]
     ),
     "ragged": lambda rng: mask.padding(np.array([48, 7]), np.array([40, 48])),
+    "columns": lambda rng: mask.from_columns(mask.global_sliding_window(5, 3).columns(48, 48)),
 }  # fmt: skip
 
 
@@ -293,12 +298,37 @@ def test_host_work_at_131072_tokens_is_quick():
         (lambda: mask.slices([(0, 9, 0, 2, "full")]).dense(4, 4), "exceeds 4 queries"),
         (lambda: mask.global_sliding_window(3).dense(4, 5), "as many queries as keys"),
         (lambda: mask.prefix_lm(-1), "prefix=-1"),
+        (
+            lambda: mask.from_columns(mask.causal().columns(4, 4)).dense(4, 5),
+            "columns are given for 4 keys, not for 5",
+        ),
         (lambda: mask.ranges(np.zeros((3, 4)), np.zeros((3, 4))), r"\[b,n,r,t\]"),
     ],
 )  # fmt: skip
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["blocks", "uneven", "mixed_heads", "predicate", "columns"])
+def test_keys_that_queries_see_are_counted(name):
+    made = MASKS[name](np.random.default_rng(3))
+    seen = made.visibility(48, 48).visible_keys(48, 48)
+    assert isinstance(seen, np.ndarray)
+    np.testing.assert_array_equal(seen, made.dense_bnts(48, 48).sum(axis=-1))
+
+
+def test_columns_may_be_known_at_run_time_only():
+    columns = mask.share_question([5, 20, 7, 16]).columns(48, 48)
+
+    def kinds(columns):
+        made = mask.from_columns(columns)
+        return made.dense(48, 48), made.block_map(48, 48, 10, 7)
+
+    traced = jax.jit(lambda *arrays: kinds(mask.Columns(*arrays)))
+    arrays = [getattr(columns, field.name) for field in dataclasses.fields(columns)]
+    for ours, expected in zip(traced(*arrays), kinds(columns), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_padded_blocks_of_a_traced_map():

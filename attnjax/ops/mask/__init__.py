@@ -50,6 +50,7 @@ __all__ = [
     "causal",
     "causal_blockwise",
     "documents",
+    "from_columns",
     "full",
     "global_sliding_window",
     "padding",
@@ -226,6 +227,23 @@ def blocks(
 def slices(parts: Sequence[Slice | tuple]) -> Mask:
     """A mask from disjoint slices (query_start, query_stop, key_start, key_stop, kind)."""
     return patterns.Slices(tuple(p if isinstance(p, Slice) else Slice(*p) for p in parts))
+
+
+def from_columns(columns: Columns) -> Mask:
+    """A mask in FlashMask's column form, evaluated from the row indices of its keys.
+
+    Args:
+      columns: as `Mask.columns` returns it; its arrays `[s]` may be known at run time only.
+    """
+    bounds = (
+        (columns.lower_start, columns.upper_start),
+        (columns.lower_end, columns.upper_end),
+    )
+    stacked = []
+    for pair in bounds:
+        xp = np if all(isinstance(x, np.ndarray) for x in pair) else jnp
+        stacked.append(xp.stack(pair).astype(np.int32))
+    return arrays.HiddenRows(*stacked)
 
 
 def predicate(function: Callable[[Array, Array], Array]) -> Mask:

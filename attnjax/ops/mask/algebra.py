@@ -124,6 +124,10 @@ class Mask:
         """
         raise NotImplementedError(f"{type(self).__name__} has no tiles of its own")
 
+    def visible_keys_bnt(self, t, s) -> Any:
+        """Return how many keys each query sees, int32 `[b|1, n|1, t]`."""
+        return self.dense_bnts(t, s).sum(axis=-1)
+
     def block_map_bnij(self, t, s, block_q, block_k) -> Any:
         """Classify tiles, int8 `[b|1, n|1, tiles_q, tiles_k]`."""
         dense = self.dense_bnts(t, s)

@@ -162,6 +162,17 @@ class Blocks(Mask):
         kinds = xp.where(hits == most, FULL, xp.where(hits == 0, EMPTY, PARTIAL)).astype(np.int8)
         return xp.repeat(kinds, self.heads_per_map, axis=1)
 
+    def visible_keys_bnt(self, t, s):
+        xp = np if isinstance(self.kept, np.ndarray) else jnp
+        count = self.kept.shape[3]
+        sizes = xp.zeros(count, np.int32) + (
+            np.bincount(self.key_blocks, minlength=count)
+            if isinstance(self.key_blocks, np.ndarray)
+            else jnp.bincount(self.key_blocks, length=count)
+        )
+        seen = xp.where(self.kept, sizes, 0).sum(axis=-1, dtype=np.int32)[:, :, self.query_blocks]
+        return xp.repeat(seen, self.heads_per_map, axis=1)
+
     def _pick(self, rows, columns):
         xp = np if isinstance(self.kept, np.ndarray) and isinstance(rows, np.ndarray) else jnp
         kept = xp.asarray(self.kept)[:, :, rows][:, :, :, columns]
@@ -200,6 +211,17 @@ class Predicate(Mask):
 
     def pad(self, t, s, to_t, to_s):
         return self
+
+    def block_map_bnij(self, t, s, block_q, block_k):
+        if not (isinstance(self.query_start, int) and isinstance(self.key_start, int)):
+            return super().block_map_bnij(t, s, block_q, block_k)
+        # A row of tiles at a time: memory is linear in the keys.
+        rows = []
+        for first in range(0, t, block_q):
+            count = min(block_q, t - first)
+            strip = Predicate(self.function, self.query_start + first, self.key_start)
+            rows.append(Mask.block_map_bnij(strip, count, s, block_q, block_k))
+        return np.concatenate(rows, axis=2)
 
     def tile(self, query_start, key_start, rows, columns):
         query = self.query_start + query_start + jnp.arange(rows, dtype=jnp.int32)[:, None]
@@ -244,6 +266,74 @@ class PredicateAt(Mask):
         return visible.astype(bool)[None, None]
 
 
+@register(("lower", "upper", "rows"))
+class HiddenRows(Mask):
+    """Key c is hidden from the queries of some ranges [lower[r, c], upper[r, c]), int32 `[r, s]`.
+
+    `rows [t]` are the positions of the queries, or None before it is known how many there are.
+    """
+
+    lower: Any
+    upper: Any
+    rows: Any = None
+
+    def visibility(self, t, s):
+        return Visibility(rest=self._of(t, s))
+
+    def dense_bnts(self, t, s):
+        return self._of(t, s)._see()
+
+    def window(self, query_start, queries, key_start, keys, t, s):
+        whole = self._of(t, s)
+        bounds = (slice_axis(x, key_start, keys, 1) for x in (whole.lower, whole.upper))
+        return HiddenRows(*bounds, slice_axis(whole.rows, query_start, queries, 0))
+
+    def take(self, queries, keys, t, s):
+        take = lambda x, at, axis: x if at is None else take_axis(x, at, axis)
+        bounds = (take(x, keys, 1) for x in (self.lower, self.upper))
+        return HiddenRows(*bounds, take(self._of(t, s).rows, queries, 0))
+
+    def heads(self, start, count):
+        return self
+
+    def pad(self, t, s, to_t, to_s):
+        rows, xp = self._of(t, s).rows, np if isinstance(self.lower, np.ndarray) else jnp
+        bounds = (xp.pad(x, ((0, 0), (0, to_s - s))) for x in (self.lower, self.upper))
+        xp = np if isinstance(rows, np.ndarray) else jnp
+        more = rows.max(initial=-1) + 1 + np.arange(to_t - t, dtype=np.int32)
+        return HiddenRows(*bounds, xp.concatenate([rows, more]).astype(np.int32))
+
+    def tile(self, query_start, key_start, rows, columns):
+        bounds = (slice_axis(x, key_start, columns, 1) for x in (self.lower, self.upper))
+        part = HiddenRows(*bounds, slice_axis(self.rows, query_start, rows, 0))
+        return jnp.asarray(part._see())
+
+    def block_map_bnij(self, t, s, block_q, block_k):
+        row = self._of(t, s).rows
+        if not (isinstance(row, np.ndarray) and (np.diff(row) == 1).all()):
+            return super().block_map_bnij(t, s, block_q, block_k)
+        # Rows and columns change places: a column hides what an interval of a row would show.
+        bounds = (x[None, None] - row[0] for x in (self.lower, self.upper))
+        hidden = Visibility(*normalise(*bounds, t)).block_map(s, t, block_k, block_q)
+        return FULL - hidden.swapaxes(2, 3)
+
+    def _of(self, t, s):
+        if self.lower.shape[-1] != s:
+            raise ValueError(f"columns are given for {self.lower.shape[-1]} keys, not for {s}")
+        return (
+            self
+            if self.rows is not None
+            else HiddenRows(self.lower, self.upper, np.arange(t, dtype=np.int32))
+        )
+
+    def _see(self):
+        row = self.rows[:, None]
+        seen = True
+        for lower, upper in zip(self.lower, self.upper, strict=True):
+            seen = seen & ((row < lower) | (row >= upper))
+        return seen[None, None]
+
+
 @register(("masks",))
 class PerHead(Mask):
     """See `mask.per_head`."""
@@ -274,6 +364,14 @@ class PerHead(Mask):
 
     def dense_bnts(self, t, s):
         return _stack_heads([mask.dense_bnts(t, s) for mask in self.masks])
+
+    def visible_keys_bnt(self, t, s):
+        parts = [mask.visibility(t, s).visible_keys(t, s) for mask in self.masks]
+        return _stack_heads([part[..., None] for part in parts])[..., 0]
+
+    def block_map_bnij(self, t, s, block_q, block_k):
+        parts = [mask.visibility(t, s) for mask in self.masks]
+        return _stack_heads([part.block_map(t, s, block_q, block_k) for part in parts])
 
     def pad(self, t, s, to_t, to_s):
         return PerHead(tuple(mask.pad(t, s, to_t, to_s) for mask in self.masks))

@@ -260,6 +260,8 @@ class Visibility:
             whole = self.with_intervals(t, s)
             xp = np if self.is_static else jnp
             return xp.maximum(whole.upper - whole.lower, 0).sum(axis=2)
+        if self.lower is None and self.query_ids is None:
+            return self.rest.visible_keys_bnt(t, s)
         return self.dense(t, s).sum(axis=-1)
 
 
