@@ -54,7 +54,7 @@ def convert(
     else:
         tensors, metadata = read(source)
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
-    fit = home.fit_parameter if resize_positions else None
+    fit = getattr(home, "fit_parameter", None) if resize_positions else None
     params = import_params(tensors, shapes, tables, source=str(source), fit=fit)
     result = export_params(params, None if layout == NATIVE else tables[layout])
     provenance = {

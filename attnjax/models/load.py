@@ -88,7 +88,7 @@ def load_params(model: Any, weights: str, *, resize_positions: bool = False) -> 
     home = sys.modules[type(model).__module__]
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
     tensors, _ = read(weights)
-    fit = home.fit_parameter if resize_positions else None
+    fit = getattr(home, "fit_parameter", None) if resize_positions else None
     params = import_params(tensors, shapes, home.TORCH_NAMES, source=str(weights), fit=fit)
     return jax.tree.map(jnp.asarray, params)
 
