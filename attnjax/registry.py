@@ -47,6 +47,7 @@ BACKBONES = {
 
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
+    "language": "attnjax.tasks.language:LanguageModelling",
 }
 
 SOURCES = {
@@ -55,6 +56,8 @@ SOURCES = {
     "image_folder": "attnjax.data.sources:ImageFolder",
     "information_exchange": "attnjax.data.synthetic:InformationExchange",
     "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
+    "markov_text": "attnjax.data.text:MarkovText",
+    "text_files": "attnjax.data.text:TextFiles",
     "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
 }
 

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smallest complete run of the decoder: text of a Markov chain, down to its known entropy.
+
+The chain of order 1 over 8 letters has an entropy rate of 1.1 nats (seed 0); without any context a
+model cannot get below 1.9.
+
+Run:     python -m launch.train --config=configs/decoder/smoke.py --workdir=runs/decoder-smoke
+Data:    generated, no network
+Cost:    about a minute on two CPU cores
+Expect:  test/loss within 2 % of the source's entropy
+"""
+
+from attnjax.errors import RecipeError
+from attnjax.recipe import Checkpoint, Data, Evaluation, Optim, Recipe, Report
+
+
+def get_config(variant: str = "") -> Recipe:
+    if variant:
+        raise RecipeError(f"unknown variant {variant!r}: smoke.py has none")
+    source = {"name": "markov_text", "length": 64, "symbols": 8, "order": 1}
+    return Recipe(
+        seed=0,
+        steps=200,
+        batch=32,
+        model={
+            "name": "decoder",
+            "vocab_size": 256,
+            "length": 64,
+            "width": 32,
+            "depth": 2,
+            "heads": (4, 2),
+            "hidden": 64,
+        },
+        task={"name": "language", "z_loss": 1e-4, "logits_chunk": 32},
+        data=Data(source={**source, "split": "train"}),
+        optim=Optim(lr=1e-2, warmup=20, clip=1.0),
+        evals={"test": Evaluation(data=Data(source={**source, "split": "test", "size": 512}))},
+        checkpoint=Checkpoint(every=100, keep=1),
+        report=Report(every=20, samples=0),
+    )
