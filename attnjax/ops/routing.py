@@ -164,10 +164,11 @@ def assign_experts(
         raise ValueError(f"valid must be bool [g,t] = {(g, t)}, got {valid.dtype} {valid.shape}")
     logits = logits.astype(jnp.float32)
     probabilities_gte = jax.nn.softmax(logits, axis=-1)
-    weight_gtk, expert_gtk = jax.lax.top_k(probabilities_gte, top_k)
+    choice_gtke = _best(probabilities_gte, top_k)
+    weight_gtk = jnp.einsum("gte,gtke->gtk", probabilities_gte, choice_gtke.astype(jnp.float32))
     if top_k > 1:
         weight_gtk = weight_gtk / jnp.sum(weight_gtk, axis=-1, keepdims=True)
-    choice_gtke = jax.nn.one_hot(expert_gtk, e, dtype=jnp.int32) * valid[:, :, None, None]
+    choice_gtke = choice_gtke * valid[:, :, None, None]
     in_order = choice_gtke.reshape(g, t * top_k, e)
     before = (jnp.cumsum(in_order, axis=1) - in_order).reshape(choice_gtke.shape)
     place_gtk = jnp.sum(before * choice_gtke, axis=-1)
@@ -187,3 +188,16 @@ def assign_experts(
         z_loss=jnp.sum(jnp.where(valid, square_gt, 0)) / count,
         dropped=1 - jnp.sum(dispatch) / (top_k * count),
     )
+
+
+def _best(scores_gte, top_k):
+    """Return the best experts as one-hot rows, int32 `[g,t,k,e]`.
+
+    One maximum after another: the partitioner would gather whatever goes into a sort.
+    """
+    left, rows = jax.lax.stop_gradient(scores_gte), []
+    for _ in range(top_k):
+        row = jax.nn.one_hot(jnp.argmax(left, axis=-1), left.shape[-1], dtype=jnp.int32)
+        left = jnp.where(row > 0, -jnp.inf, left)
+        rows.append(row)
+    return jnp.stack(rows, axis=2)
