@@ -54,7 +54,7 @@ class MarkovText:
             ("size", size, size >= 1),
             ("length", length, length >= 2),
             ("symbols", symbols, 2 <= symbols <= 26),
-            ("order", order, order >= 1 and symbols**max(order, 1) <= 1_000_000),
+            ("order", order, order >= 1 and symbols ** max(order, 1) <= 1_000_000),
             ("concentration", concentration, concentration > 0),
         ):
             if not fine:

@@ -63,7 +63,7 @@ def token_losses(
         )
     if chunk < 0:
         raise ValueError(f"chunk={chunk}: must be at least 0")
-    b, t, d = hidden.shape
+    b, t, _ = hidden.shape
     count = -(-t // chunk) if chunk else 1
     length = -(-t // count)
     kernel = place(kernel, None, "vocab")

@@ -308,7 +308,9 @@ class Decoder(nn.Module):
     def _logits(self, normal_btd):
         kernel_dv = self.embed.embedding.T if self.tied else self.head()
         kernel_dv = constrain(kernel_dv.astype(self.dtype), None, "vocab")
-        logits = jnp.einsum("btd,dv->btv", normal_btd, kernel_dv, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "btd,dv->btv", normal_btd, kernel_dv, preferred_element_type=jnp.float32
+        )
         return constrain(logits, "batch", "sequence", "vocab")
 
 

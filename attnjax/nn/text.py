@@ -43,9 +43,7 @@ class TokenTable(nn.Module):
     dtype: str = "float32"
 
     def setup(self):
-        self.embedding = self.param(
-            "embedding", TABLE, (self.vocab_size, self.width), jnp.float32
-        )
+        self.embedding = self.param("embedding", TABLE, (self.vocab_size, self.width), jnp.float32)
 
     def __call__(self, tokens: Array) -> Array:
         """Map `tokens [b, t]` in [0, v) to `[b, t, d]`."""
@@ -135,7 +133,11 @@ class RotaryAttention(nn.Module):
             out_btnh = out_btnh if bias is None else out_btnh + bias
             return constrain(out_btnh, "batch", "sequence", "heads", None)
 
-        query_btnh, key_bskh, value_bskh = project("query", n), project("key", k), project("value", k)
+        query_btnh, key_bskh, value_bskh = (
+            project("query", n),
+            project("key", k),
+            project("value", k),
+        )
         query_btnh = rotate(query_btnh, positions, base=self.rope_base)
         key_bskh = rotate(key_bskh, positions, base=self.rope_base)
         options = {}

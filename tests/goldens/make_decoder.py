@@ -83,9 +83,7 @@ def run(name: str) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Run every case and write the file."""
-    results = {
-        f"{name}/{part}": array for name in CASES for part, array in run(name).items()
-    }
+    results = {f"{name}/{part}": array for name in CASES for part, array in run(name).items()}
     np.savez_compressed(GOLDENS, **results)
     print(f"{GOLDENS}: {len(CASES)} cases, {GOLDENS.stat().st_size} bytes")
 

@@ -60,8 +60,8 @@ def test_gradients_equal_those_of_the_dense_form():
 
 def test_logits_of_all_tokens_never_exist():
     b, t, d, v = 1, 4096, 16, 2048
-    shapes = [jax.ShapeDtypeStruct((b, t, d), jnp.float32), jax.ShapeDtypeStruct((d, v), jnp.float32),
-              jax.ShapeDtypeStruct((b, t), jnp.int32)]  # fmt: skip
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((b, t, d), (d, v))]
+    shapes.append(jax.ShapeDtypeStruct((b, t), jnp.int32))
     sizes = {}
     for chunk in (0, 256):
         loss = lambda h, k, y, chunk=chunk: token_losses(h, k, y, chunk=chunk).nll.sum()

@@ -36,4 +36,6 @@ def test_extremes():
     assert math.isnan(Perplexity.of(NLL, valid=jnp.zeros_like(VALID)).compute())
     with pytest.raises(ValueError, match="bytes_per_token=0"):
         BitsPerByte.from_losses(NLL, VALID, 0)
-    assert np.isclose(BitsPerByte.from_losses(jnp.full(3, math.log(256)), jnp.ones(3, bool), 1.0).compute(), 8)
+    assert np.isclose(
+        BitsPerByte.from_losses(jnp.full(3, math.log(256)), jnp.ones(3, bool), 1.0).compute(), 8
+    )

@@ -110,9 +110,7 @@ def test_cached_steps_equal_the_parallel_form(fields, prompt):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def extend(tokens, cache, lengths):
-        output, cache = model.apply(
-            {"params": params}, tokens, cache, lengths, method="extend"
-        )
+        output, cache = model.apply({"params": params}, tokens, cache, lengths, method="extend")
         return output.logits, cache
 
     cache = model.empty_cache(2, capacity=12, chunk=3)
@@ -209,7 +207,8 @@ def test_devices_change_nothing(sizes, fields, monkeypatch):
 
 def test_hidden_states_of_every_layer():
     model, params, run = make()
-    output, captured = model.apply({"params": params}, draw(), mutable=["hidden"])
+    run_all = jax.jit(lambda p, x: model.apply({"params": p}, x, mutable=["hidden"]))
+    output, captured = run_all(params, draw())
     states = model.hidden_states(captured)
     assert states.shape == (3, 2, 12, 32)
     np.testing.assert_array_equal(states[0], np.asarray(params["embed"]["embedding"])[draw()])
@@ -221,7 +220,8 @@ def test_flops_are_the_matrix_products_of_the_compiled_forward_pass():
     """Against XLA's count, which also holds elementwise work and pairs that the mask hides."""
     model = build("decoder", width=128, depth=1, hidden=512, length=64, vocab_size=512)
     run = jax.jit(lambda p, x: model.apply({"params": p}, x).logits)
-    cost = run.lower(abstract_params(model), jax.ShapeDtypeStruct((1, 64), jnp.int32)).compile().cost_analysis()
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    cost = run.lower(abstract_params(model), tokens).compile().cost_analysis()
     assert 0.9 < model.flops() / cost["flops"] < 1
 
 

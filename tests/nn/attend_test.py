@@ -65,9 +65,7 @@ def test_whole_maps_and_manual_axes_stay_with_the_core(calls):
     spec = jax.sharding.PartitionSpec(None, "context")
     with jax.set_mesh(mesh):
         out = jax.jit(lambda *x: attend(*x, return_probabilities=True))(q, k, v)
-        inside = jax.shard_map(
-            attend, in_specs=(spec,) * 3, out_specs=spec, axis_names={"context"}
-        )
+        inside = jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, axis_names={"context"})
         jax.jit(inside)(q, k, v)
     assert out.probabilities.shape == (2, 4, 8, 8)
     assert calls == []

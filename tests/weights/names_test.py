@@ -139,7 +139,7 @@ def test_a_wrong_layer_is_named(change):
     if change == "missing":
         del tensors["h.1.w"]
     else:
-        tensors |= {"extra": {"h.3.w": tensors["h.1.w"]}, "shape": {"h.1.w": np.ones((2, 5))}}[change]
+        tensors |= {"h.3.w": tensors["h.1.w"]} if change == "extra" else {"h.1.w": np.ones((2, 5))}
     name = "h.3.w" if change == "extra" else "h.1.w"
     with pytest.raises(RecipeError, match=rf"{name}"):
         import_params(tensors, shapes, STACKED)
