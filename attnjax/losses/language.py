@@ -66,7 +66,6 @@ def token_losses(
     b, t, _ = hidden.shape
     count = -(-t // chunk) if chunk else 1
     length = -(-t // count)
-    kernel = place(kernel, None, "vocab")
 
     def cut(x, *names):
         x = jnp.pad(x, ((0, 0), (0, length * count - t), *((0, 0),) * (x.ndim - 2)))

@@ -20,7 +20,7 @@ from attnjax.nn.experts import ExpertOptions
 from attnjax.nn.norm import RMSNorm
 from attnjax.nn.text import HIDDEN, REMATS, Kernel, TokenTable, decoder_stack, starts
 from attnjax.ops.cache import Cache, FullCache, WindowCache
-from attnjax.parallel.constrain import constrain
+from attnjax.parallel.constrain import constrain, gather
 from attnjax.registry import nearest
 from attnjax.typing import Array, Params
 from attnjax.weights.names import rule, stacked
@@ -307,7 +307,7 @@ class Decoder(nn.Module):
 
     def _logits(self, normal_btd):
         kernel_dv = self.embed.embedding.T if self.tied else self.head()
-        kernel_dv = constrain(kernel_dv.astype(self.dtype), None, "vocab")
+        kernel_dv = gather(kernel_dv.astype(self.dtype), None, "vocab")
         logits = jnp.einsum(
             "btd,dv->btv", normal_btd, kernel_dv, preferred_element_type=jnp.float32
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from attnjax.nn.initializers import LINEAR
 from attnjax.ops.routing import assign_experts, expert_capacity
-from attnjax.parallel.constrain import constrain
+from attnjax.parallel.constrain import constrain, gather
 from attnjax.recipe import check_arguments
 from attnjax.typing import Array
 
@@ -120,9 +120,10 @@ class Experts(nn.Module):
         capacity = expert_capacity(s, e, options.top_k, options.capacity)
         assigned = assign_experts(logits, top_k=options.top_k, capacity=capacity, valid=valid)
         apart = lambda x: x.astype(self.dtype).reshape(b, m, s, e, capacity)
-        gate_edf = ExpertKernel((e, d, f), self.dtype, name="gate")()
-        up_edf = ExpertKernel((e, d, f), self.dtype, name="up")()
-        down_efd = ExpertKernel((e, f, d), self.dtype, name="down")()
+        kernel = lambda name, *shape: ExpertKernel(shape, self.dtype, name=name)()
+        gate_edf = gather(kernel("gate", e, d, f), "expert", None, "mlp")
+        up_edf = gather(kernel("up", e, d, f), "expert", None, "mlp")
+        down_efd = gather(kernel("down", e, f, d), "expert", "mlp", None)
 
         # The two constraints in a row are one exchange of tokens for experts between devices.
         sent = jnp.einsum("bmsec,bmsd->ebmcd", apart(assigned.dispatch), x_bmsd)

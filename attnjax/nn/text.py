@@ -15,7 +15,7 @@ from attnjax.nn.norm import RMSNorm
 from attnjax.ops import mask as masks
 from attnjax.ops.cache import Cache, append_and_attend
 from attnjax.ops.positions import rotate
-from attnjax.parallel.constrain import constrain
+from attnjax.parallel.constrain import constrain, gather
 from attnjax.typing import Array
 
 HIDDEN = "hidden"
@@ -48,7 +48,7 @@ class TokenTable(nn.Module):
     def __call__(self, tokens: Array) -> Array:
         """Map `tokens [b, t]` in [0, v) to `[b, t, d]`."""
         # Gathered first: tokens may be divided over the axes that divide the width.
-        table_vd = constrain(self.embedding.astype(self.dtype), "vocab", None)
+        table_vd = gather(self.embedding.astype(self.dtype), "vocab", None)
         return constrain(jnp.take(table_vd, tokens, axis=0), "batch", "sequence", None)
 
 
@@ -128,7 +128,7 @@ class RotaryAttention(nn.Module):
         def project(name, heads):
             bias_shape = (heads, h) if self.qkv_bias else None
             kernel, bias = Projection((d, heads, h), bias_shape, self.dtype, name=name)()
-            kernel_dnh = constrain(kernel, None, "heads", None)
+            kernel_dnh = gather(kernel, None, "heads", None)
             out_btnh = jnp.einsum("btd,dnh->btnh", x, kernel_dnh)
             out_btnh = out_btnh if bias is None else out_btnh + bias
             return constrain(out_btnh, "batch", "sequence", "heads", None)
@@ -158,7 +158,7 @@ class RotaryAttention(nn.Module):
             self.sow(CAPTURE, "probabilities", result.probabilities)
         out_btnh = result.out if capture else result
         kernel, _ = Projection((n, h, d), None, self.dtype, name="out")()
-        return jnp.einsum("btnh,nhd->btd", out_btnh, constrain(kernel, "heads", None, None)), cache
+        return jnp.einsum("btnh,nhd->btd", out_btnh, gather(kernel, "heads", None, None)), cache
 
     def _mask(self, segments):
         mask = None
@@ -187,9 +187,9 @@ class SwiGlu(nn.Module):
         """Map `x [b, t, d]` to `[b, t, d]`."""
         d, f = x.shape[-1], self.hidden
         kernel = lambda name, *shape: Kernel(shape, name=name)().astype(self.dtype)
-        gate_df = constrain(kernel("gate", d, f), None, "mlp")
-        up_df = constrain(kernel("up", d, f), None, "mlp")
-        down_fd = constrain(kernel("down", f, d), "mlp", None)
+        gate_df = gather(kernel("gate", d, f), None, "mlp")
+        up_df = gather(kernel("up", d, f), None, "mlp")
+        down_fd = gather(kernel("down", f, d), "mlp", None)
         hidden_btf = jax.nn.silu(x @ gate_df) * (x @ up_df)
         return constrain(hidden_btf, "batch", "sequence", "mlp") @ down_fd
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices and processes: the only place that names mesh axes."""
 
-from attnjax.parallel.constrain import constrain
+from attnjax.parallel.constrain import constrain, gather
 from attnjax.parallel.mesh import AXES, make_mesh
 from attnjax.parallel.rules import (
     DEFAULT_AXES,
@@ -16,6 +16,7 @@ __all__ = [
     "DEFAULT_AXES",
     "batch_sharding",
     "constrain",
+    "gather",
     "make_mesh",
     "process_shard",
     "replicated",

@@ -14,7 +14,7 @@ from attnjax.errors import RecipeError
 from attnjax.losses.language import TokenLosses, token_losses
 from attnjax.metrics import Mean, Metric
 from attnjax.metrics.language import BitsPerByte, Perplexity
-from attnjax.parallel.constrain import constrain
+from attnjax.parallel.constrain import constrain, gather
 from attnjax.typing import Array, Batch, Params, PRNGKey
 
 TRAIN_TO_FORWARD = 3.0
@@ -145,7 +145,7 @@ class LanguageModelling:
             counts &= batch["valid"][:, None]
         losses = token_losses(
             hidden,
-            self.model.head_kernel(params),
+            gather(self.model.head_kernel(params), None, "vocab"),
             jnp.roll(tokens, -1, axis=1),
             chunk=self.logits_chunk,
             place=constrain,
