@@ -46,8 +46,14 @@ SYSTEMS = {
     )
 }
 
+BACKBONES = {
+    "decoder": "attnjax.models.decoder:Decoder",
+}
+"""Networks that systems and recipes start from; no paper of their own."""
+
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
+    "language": "attnjax.tasks.language:LanguageModelling",
 }
 
 SOURCES = {
@@ -56,6 +62,8 @@ SOURCES = {
     "image_folder": "attnjax.data.sources:ImageFolder",
     "information_exchange": "attnjax.data.synthetic:InformationExchange",
     "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
+    "markov_text": "attnjax.data.text:MarkovText",
+    "text_files": "attnjax.data.text:TextFiles",
     "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
 }
 
@@ -71,7 +79,10 @@ MEASUREMENTS = {
 }
 
 TABLES = {
-    "model": {slug: system.target for slug, system in SYSTEMS.items() if system.kind == "model"},
+    "model": {
+        **{slug: system.target for slug, system in SYSTEMS.items() if system.kind == "model"},
+        **BACKBONES,
+    },
     "task": TASKS,
     "source": SOURCES,
     "pipeline": PIPELINES,
@@ -108,11 +119,24 @@ def resolve(table: str, name: str) -> Any:
     Raises:
       RecipeError: the name is not registered; the message lists the known ones.
     """
+    module, _, attribute = _target(table, name).partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def home(slug: str) -> Any:
+    """Import and return the module of a registered model, with its PRESETS and TORCH_NAMES.
+
+    Raises:
+      RecipeError: no such model is registered; the message lists the known ones.
+    """
+    return importlib.import_module(_target("model", slug).partition(":")[0])
+
+
+def _target(table, name):
     entries = TABLES[table]
     if name not in entries:
         raise RecipeError(f"unknown {table} {name!r}: {nearest(name, entries)}")
-    module, _, attribute = entries[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return entries[name]
 
 
 def system(slug: str) -> System:

@@ -69,6 +69,24 @@ def test_model_files_export_the_contract(system):
     assert hasattr(module, "TORCH_NAMES")
 
 
+@pytest.mark.parametrize("slug", registry.BACKBONES)
+def test_backbones_export_the_contract_without_a_paper(slug):
+    assert slug not in registry.SYSTEMS and slug in registry.TABLES["model"]
+    module, model = registry.home(slug), registry.resolve("model", slug)
+    fields = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
+    assert len(fields) <= FIELDS
+    assert {"dtype", "remat", "attention_implementation"} <= set(fields)
+    for method in ("example", "flops", "attention_maps"):
+        assert callable(getattr(model, method))
+    assert not hasattr(module, "PAPER")
+    assert module.PRESETS and module.TORCH_NAMES and hasattr(module, "Output")
+
+
+def test_homes_of_unknown_models_are_refused():
+    with pytest.raises(RecipeError, match="did you mean 'decoder'"):
+        registry.home("decodr")
+
+
 def test_catalogue_agrees_with_the_modules():
     for row in catalog.rows():
         module = model_module(registry.system(row.slug))

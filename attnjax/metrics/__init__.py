@@ -2,7 +2,18 @@
 """Metrics as mergeable states: sums and counts that add up exactly over batches and hosts."""
 
 from attnjax.metrics.confusion import ConfusionMatrix
+from attnjax.metrics.language import BitsPerByte, Perplexity
 from attnjax.metrics.mean import Accuracy, Mean, TopK
 from attnjax.metrics.state import Metric, compute, merge
 
-__all__ = ["Accuracy", "ConfusionMatrix", "Mean", "Metric", "TopK", "compute", "merge"]
+__all__ = [
+    "Accuracy",
+    "BitsPerByte",
+    "ConfusionMatrix",
+    "Mean",
+    "Metric",
+    "Perplexity",
+    "TopK",
+    "compute",
+    "merge",
+]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of a model from one layout to another, file to file."""
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ def convert(
     """Read weights, check them against the model, and write them in another layout.
 
     Args:
-      slug: a registered system of kind model.
+      slug: a registered model.
       preset: a key of its PRESETS; None takes the module's defaults.
       overrides: fields of the module.
       source: safetensors file in any layout of the system, or a PyTorch checkpoint.
@@ -44,7 +43,7 @@ def convert(
       RecipeError: unknown name or layout, or a source that is refused or does not fit.
     """
     model = build(slug, preset, **overrides)
-    home = importlib.import_module(registry.system(slug).module)
+    home = registry.home(slug)
     tables = home.TORCH_NAMES or {}
     if layout not in (NATIVE, *tables):
         raise RecipeError(
@@ -55,7 +54,7 @@ def convert(
     else:
         tensors, metadata = read(source)
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
-    fit = home.fit_parameter if resize_positions else None
+    fit = getattr(home, "fit_parameter", None) if resize_positions else None
     params = import_params(tensors, shapes, tables, source=str(source), fit=fit)
     result = export_params(params, None if layout == NATIVE else tables[layout])
     provenance = {

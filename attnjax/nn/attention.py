@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from attnjax.nn.attend import attend
 from attnjax.nn.initializers import LINEAR
 from attnjax.ops import attention
 from attnjax.parallel.constrain import constrain
@@ -49,7 +50,7 @@ class MultiHeadAttention(nn.Module):
         (token transformers, whose width differs between input and output).
       dropout: rate on the probabilities while training.
       dtype: compute dtype.
-      implementation: passed to `ops.attention`.
+      implementation: passed to `nn.attend`.
       attend: replaces `ops.attention`; called as `attend(query, key, value, **options)` with only
         those options of `ops.attention` that this call uses.
     """
@@ -127,7 +128,7 @@ class MultiHeadAttention(nn.Module):
             if self.attend is not None:
                 result = self.attend(query_btnh, key_bsnh, value_bsnh, **options)
             else:
-                result = attention(
+                result = attend(
                     query_btnh, key_bsnh, value_bsnh, implementation=self.implementation, **options
                 )
             out_btnh = result.out if capture else result

@@ -31,3 +31,25 @@ class LayerNorm(nn.Module):
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(variance + self.epsilon)
         return (normal * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square of the last axis, then scale.
+
+    y = scale * cast(x / sqrt(mean(x^2) + epsilon)), with the cast to `dtype` as in LLaMA.
+
+    Attributes:
+      epsilon: added to the mean square.
+      dtype: of the output.
+    """
+
+    epsilon: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise `x [..., d]`; returns the same shape in `dtype`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return normal.astype(self.dtype) * scale.astype(self.dtype)

@@ -8,6 +8,7 @@ merge_partials      attention over disjoint sets of keys, merged
 decode_attention    attention of a few queries to many keys, in parts
 landmark_attention  attention through landmarks that gate their blocks
 select_blocks       the blocks of keys worth attending to, as a mask
+assign_experts      tokens to the places of a mixture of experts
 bicubic_resize      resampling of pictures
 cache               keys and values of a stream, kept from step to step
 
@@ -22,7 +23,7 @@ from attnjax.ops.landmark import landmark_attention
 from attnjax.ops.merge import merge_partials
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.ops.normalizers import NORMALIZERS
-from attnjax.ops.routing import select_blocks
+from attnjax.ops.routing import assign_experts, select_blocks
 from attnjax.ops.sample import bicubic_resize
 from attnjax.ops.statistics import STATISTICS, TokenMass
 
@@ -33,6 +34,7 @@ __all__ = [
     "STATISTICS",
     "AttentionOutput",
     "TokenMass",
+    "assign_experts",
     "attention",
     "bicubic_resize",
     "cache",

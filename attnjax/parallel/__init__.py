@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices and processes: the only place that names mesh axes."""
 
-from attnjax.parallel.constrain import constrain
+from attnjax.parallel.constrain import constrain, gather
 from attnjax.parallel.context import context_attention, dispatch, plan_context, undispatch
 from attnjax.parallel.distributed import (
     DistributedPlan,
@@ -33,6 +33,7 @@ __all__ = [
     "dispatch",
     "distributed_attention",
     "distributed_mesh",
+    "gather",
     "make_mesh",
     "plan_context",
     "plan_distributed",

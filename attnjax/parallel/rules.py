@@ -8,7 +8,7 @@ as a suffix and are sharded alike.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -21,14 +21,22 @@ from attnjax.typing import Params
 LOGICAL_AXES = {
     "batch": MESH_AXES["batch"],
     "sequence": ("context",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
+    "expert": ("fsdp", "context"),
     "heads": MESH_AXES["heads"],
     "mlp": ("model",),
     "vocab": ("model",),
 }
-"""Logical axis -> mesh axes; a name that is not listed stays whole on every device."""
+"""Logical axis -> mesh axes; a name that is not listed stays whole on every device.
+
+Devices along `context` hold other tokens of the same examples, as those along `fsdp` hold other
+examples: both can divide the parameters that all tokens share.
+"""
 
 DEFAULT_AXES = (
+    (r"\bexperts/(up|gate)/kernel$", ("expert", "embed", "mlp")),
+    (r"\bexperts/down/kernel$", ("expert", "mlp", "embed")),
+    (r"\brouter/kernel$", ("embed", None)),
     (r"\b(query|key|value)/kernel$", ("embed", "heads", "head_dim")),
     (r"\b(query|key|value)/bias$", ("heads", "head_dim")),
     (r"\bout/kernel$", ("heads", "head_dim", "embed")),
@@ -41,6 +49,32 @@ DEFAULT_AXES = (
     (r"\bkernel$", ("embed",)),
 )
 """Rules for the names that the shared blocks use; a model's PARAM_AXES come before them."""
+
+
+def mesh_axes(
+    name: str | None, size: int, shape: Mapping[str, int], taken: Sequence[str] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Choose the mesh axes that divide one dimension.
+
+    Args:
+      name: logical name of the dimension, or None.
+      size: its size.
+      shape: size per usable mesh axis; others, and those of size one, divide nothing.
+      taken: mesh axes that divide another dimension of the same array already.
+
+    Returns:
+      The axes that divide it, and those that would if the size were a multiple of all of them.
+      Where it is not, the last ones are left out.
+    """
+    wanted = tuple(
+        axis
+        for axis in LOGICAL_AXES.get(name or "", ())
+        if shape.get(axis, 1) > 1 and axis not in taken
+    )
+    target = wanted
+    while size % math.prod(shape[axis] for axis in target):
+        target = target[:-1]
+    return target, wanted
 
 
 def leaf_path(key_path) -> str:
@@ -64,13 +98,13 @@ def leaf_spec(path: str, shape: Sequence[int], mesh: Mesh, axes=()) -> tuple[P, 
     for pattern, names in (*axes, *DEFAULT_AXES):
         if not re.search(pattern, path) or len(names) > len(shape):
             continue
-        entries, notes = [None] * (len(shape) - len(names)), []
+        entries, notes, taken = [None] * (len(shape) - len(names)), [], []
         for name, size in zip(names, shape[len(shape) - len(names) :], strict=True):
-            target = tuple(a for a in LOGICAL_AXES.get(name, ()) if mesh.shape[a] > 1)
-            ways = math.prod(mesh.shape[a] for a in target)
-            if size % ways:
+            target, wanted = mesh_axes(name, size, mesh.shape, taken)
+            if target != wanted:
+                ways = math.prod(mesh.shape[axis] for axis in wanted)
                 notes.append(f"{path} {tuple(shape)}: {name}={size} not divisible by {ways}")
-                target = ()
+            taken += target
             entries.append(target[0] if len(target) == 1 else target or None)
         return P(*entries), notes
     return P(), []

@@ -30,16 +30,24 @@ class Rule:
         in this order along its first axis.
       tensor: name template of the other library, `{}` for the same numbers in the same order.
       layout: how axes correspond, a key of `LAYOUTS`.
+      is_stacked: the parameter has a leading axis, whose rows are tensors of their own; the tensor
+        template has one more `{}`, the last, for their numbers.
     """
 
     params: tuple[str, ...]
     tensor: str
     layout: str = "same"
+    is_stacked: bool = False
 
 
 def rule(params: str | Sequence[str], tensor: str, layout: str = "same") -> Rule:
     """Write a `Rule` with one template as plain text."""
     return Rule((params,) if isinstance(params, str) else tuple(params), tensor, layout)
+
+
+def stacked(params: str, tensor: str, layout: str = "same") -> Rule:
+    """Relate a parameter with a leading axis of layers to one tensor per layer."""
+    return Rule((params,), tensor, layout, is_stacked=True)
 
 
 def linear(params: str, tensor: str) -> tuple[Rule, Rule]:
@@ -116,13 +124,15 @@ class Entry:
 
     Attributes:
       paths: parameter paths, in order along the tensor's first axis.
-      shapes: their shapes.
+      shapes: shapes of what it holds of them.
       layout: a key of `LAYOUTS`.
+      row: it holds this row of its parameter's first axis; None: all of it.
     """
 
     paths: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     layout: str
+    row: int | None = None
 
     @property
     def parts(self) -> list[tuple[int, ...]]:
@@ -144,7 +154,8 @@ def plan(shapes: Mapping[str, Sequence[int]], rules: Sequence[Rule] | None) -> d
       rules: a name table; None for the native layout.
 
     Returns:
-      Entries by tensor name; together they hold every parameter exactly once.
+      Entries by tensor name; together they hold every parameter, or row of a stacked one, exactly
+      once.
 
     Raises:
       RecipeError: the table is no bijection for these parameters.
@@ -158,21 +169,27 @@ def plan(shapes: Mapping[str, Sequence[int]], rules: Sequence[Rule] | None) -> d
     ]
     found: dict[str, dict[int, str]] = {}
     lines: dict[str, Rule] = {}
-    for path in shapes:
+    rows: dict[str, int] = {}
+    for path, shape in shapes.items():
         matches = [(m, part, line) for p, part, line in compiled if (m := p.fullmatch(path))]
         if len(matches) != 1:
             raise RecipeError(f"parameter {path} matches {len(matches)} rules of the name table")
         match, part, line = matches[0]
-        tensor = line.tensor.format(*match.groups())
-        if part in found.setdefault(tensor, {}) or lines.setdefault(tensor, line) is not line:
-            raise RecipeError(f"tensor {tensor} would hold {path} and another parameter")
-        found[tensor][part] = path
+        for row in range(shape[0]) if line.is_stacked else (None,):
+            numbers = match.groups() if row is None else (*match.groups(), row)
+            tensor = line.tensor.format(*numbers)
+            if part in found.setdefault(tensor, {}) or lines.setdefault(tensor, line) is not line:
+                raise RecipeError(f"tensor {tensor} would hold {path} and another parameter")
+            found[tensor][part] = path
+            rows[tensor] = row
     entries = {}
     for tensor, parts in found.items():
         if len(parts) != len(lines[tensor].params):
             raise RecipeError(f"tensor {tensor} has only the parts {sorted(parts.values())}")
         paths = tuple(parts[i] for i in range(len(parts)))
-        entries[tensor] = Entry(paths, tuple(tuple(shapes[p]) for p in paths), lines[tensor].layout)
+        skipped = 0 if rows[tensor] is None else 1
+        held = tuple(tuple(shapes[p])[skipped:] for p in paths)
+        entries[tensor] = Entry(paths, held, lines[tensor].layout, rows[tensor])
     return entries
 
 
@@ -247,7 +264,8 @@ def import_params(
     entries = plan(shapes, None if layout == NATIVE else tables[layout])
     tensors = dict(tensors)
     for name, entry in entries.items() if fit else ():
-        if name in tensors and len(entry.paths) == 1 and tensors[name].shape != entry.shape:
+        is_whole = len(entry.paths) == 1 and entry.row is None
+        if name in tensors and is_whole and tensors[name].shape != entry.shape:
             tensors[name] = fit(entry.paths[0], tensors[name], entry.shape)
     missing = [f"{name} {_show(entries[name].shape)}" for name in entries if name not in tensors]
     extra = [f"{name} {_show(tensors[name].shape)}" for name in tensors if name not in entries]
@@ -270,12 +288,16 @@ def import_params(
     if any(lists.values()):
         text = "; ".join(_listing(title, lines) for title, lines in lists.items() if lines)
         raise RecipeError(f"{source} (layout {layout!r}) does not fit the model: {text}")
-    params = {}
+    params: dict[str, np.ndarray] = {}
     for name, entry in entries.items():
         rows = np.cumsum([part[0] if part else 1 for part in entry.parts])[:-1]
         pieces = np.split(tensors[name], rows) if len(rows) else [tensors[name]]
         for path, shape, piece in zip(entry.paths, entry.shapes, pieces, strict=True):
-            params[path] = np.asarray(LAYOUTS[entry.layout][2](piece, shape), np.float32)
+            leaf = np.asarray(LAYOUTS[entry.layout][2](piece, shape), np.float32)
+            if entry.row is not None:
+                params.setdefault(path, np.empty(shapes[path], np.float32))[entry.row] = leaf
+            else:
+                params[path] = leaf
     return unflatten(params)
 
 
@@ -297,7 +319,8 @@ def export_params(
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     tensors = {}
     for name, entry in plan({p: x.shape for p, x in leaves.items()}, rules).items():
-        pieces = [LAYOUTS[entry.layout][1](leaves[path]) for path in entry.paths]
+        held = [leaves[p] if entry.row is None else leaves[p][entry.row] for p in entry.paths]
+        pieces = [LAYOUTS[entry.layout][1](leaf) for leaf in held]
         tensors[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     return tensors
 

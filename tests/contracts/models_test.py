@@ -8,7 +8,6 @@ recipe, with parameters drawn here, so that nothing is zero that would not be af
 import ast
 import dataclasses
 import functools
-import importlib
 import inspect
 import math
 import re
@@ -25,12 +24,9 @@ from attnjax.models.load import abstract_params, build
 from attnjax.parallel import batch_sharding, make_mesh, tree_shardings
 from attnjax.weights import export_params, flatten, import_params, plan, unflatten
 
-SLUGS = [system.slug for system in registry.SYSTEMS.values() if system.kind == "model"]
-PRESETS = [
-    (slug, preset)
-    for slug in SLUGS
-    for preset in importlib.import_module(registry.system(slug).module).PRESETS
-]
+SYSTEMS = [system.slug for system in registry.SYSTEMS.values() if system.kind == "model"]
+SLUGS = [*SYSTEMS, *registry.BACKBONES]
+PRESETS = [(slug, preset) for slug in SLUGS for preset in registry.home(slug).PRESETS]
 
 # Parameters of every preset with its own defaults, counted in the reference code.
 COUNTS = {
@@ -47,6 +43,13 @@ COUNTS = {
         "15-dagger-384": 28_500_080,
         "18-dagger-384": 44_606_560,
     },
+    "decoder": {
+        "llama2_7b": 6_738_415_616,
+        "llama3_8b": 8_030_261_248,
+        "mistral_7b_v01": 7_241_732_096,
+        "qwen2_05b": 494_032_768,
+        "tiny": 106_816,
+    },
 }
 
 FIELDS = 16
@@ -60,26 +63,29 @@ ROUNDING = 1e-5  # a gradient below this part of the largest is nothing but roun
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-def home_of(slug):
-    return importlib.import_module(registry.system(slug).module)
-
-
 def forward(model):
     """The logits as a function of parameters and batch."""
     return lambda params, batch: model.apply({"params": params}, **batch).logits
 
 
+def draw_batch(model, rng):
+    """A batch of normal numbers, or of any tokens."""
+
+    def values(leaf):
+        if np.issubdtype(leaf.dtype, np.integer):
+            return rng.integers(model.vocab_size, size=leaf.shape).astype(leaf.dtype)
+        return rng.standard_normal(leaf.shape).astype(leaf.dtype)
+
+    return {name: values(leaf) for name, leaf in model.example(BATCH).items()}
+
+
 def draw(model, seed=0):
-    """Parameters and a batch of normal numbers."""
+    """Parameters of normal numbers, and a batch."""
     rng = np.random.default_rng(seed)
     normal = lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)
     leaves = {path: normal(leaf) for path, leaf in flatten(abstract_params(model)).items()}
     leaves |= {path: 1 + leaf for path, leaf in leaves.items() if path.endswith("/scale")}
-    batch = {
-        name: rng.standard_normal(x.shape).astype(x.dtype)
-        for name, x in model.example(BATCH).items()
-    }
-    return unflatten(leaves), batch
+    return unflatten(leaves), draw_batch(model, rng)
 
 
 @functools.cache
@@ -97,7 +103,7 @@ def small(slug):
     step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
     (_, logits), gradients = step(params, batch)
     return types.SimpleNamespace(
-        slug=slug, home=home_of(slug), fields=fields, model=model, params=params, batch=batch,
+        slug=slug, home=registry.home(slug), fields=fields, model=model, params=params, batch=batch,
         step=step, logits=np.asarray(logits), gradients=flatten(jax.device_get(gradients)),
     )  # fmt: skip
 
@@ -109,12 +115,12 @@ def assert_close(ours, expected, tolerance, message=""):
     )
 
 
-@pytest.mark.parametrize("slug", SLUGS)
+@pytest.mark.parametrize("slug", SYSTEMS)
 def test_paper_is_cited(slug):
-    paper = home_of(slug).PAPER
+    paper = registry.home(slug).PAPER
     assert set(paper) == {"title", "id", "year", "code", "licence", "claim"}
     assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:\S+", paper["id"])
-    assert paper["id"].removeprefix("arXiv:") in inspect.getdoc(home_of(slug))
+    assert paper["id"].removeprefix("arXiv:") in inspect.getdoc(registry.home(slug))
     assert type(paper["year"]) is int and 2014 <= paper["year"] <= 2030
     assert paper["code"].startswith("https://") and paper["licence"]
     assert paper["title"] and paper["claim"].endswith(".")
@@ -122,7 +128,7 @@ def test_paper_is_cited(slug):
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_file_reads_in_the_agreed_order(slug):
-    home = home_of(slug)
+    home = registry.home(slug)
     model_class = registry.resolve("model", slug)
     body = ast.parse(inspect.getsource(home)).body
     lines = {}
@@ -135,7 +141,8 @@ def test_file_reads_in_the_agreed_order(slug):
         if inspect.isclass(value) and value.__module__ == home.__name__
         and name not in ("Output", model_class.__name__)
     ]  # fmt: skip
-    order = ["PAPER", "PRESETS", "Output", *blocks, model_class.__name__, "TORCH_NAMES"]
+    paper = ["PAPER"] if slug in SYSTEMS else []
+    order = [*paper, "PRESETS", "Output", *blocks, model_class.__name__, "TORCH_NAMES"]
     assert [name for name in sorted(lines, key=lines.get) if name in order] == order
 
 
@@ -151,7 +158,7 @@ def test_constructor_is_small_and_has_the_papers_defaults(slug):
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_every_preset_has_a_count(slug):
-    presets = home_of(slug).PRESETS
+    presets = registry.home(slug).PRESETS
     assert all(isinstance(name, str) and name for name in presets)
     assert set(COUNTS[slug]) == set(presets)
 
@@ -166,7 +173,7 @@ def test_preset_by_shapes(slug, preset):
     output, variables = jax.eval_shape(
         lambda batch: model.init_with_output(jax.random.key(0), **batch), example
     )
-    assert isinstance(output, home_of(slug).Output)
+    assert isinstance(output, registry.home(slug).Output)
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(output))
     assert isinstance(output.aux, dict) and output.logits.dtype == jnp.float32
     assert set(variables) == {"params"}
@@ -176,11 +183,11 @@ def test_preset_by_shapes(slug, preset):
     loaded = flatten(jax.eval_shape(lambda: attnjax.load(slug, preset)[1]))
     assert {k: x.shape for k, x in loaded.items()} == {k: x.shape for k, x in leaves.items()}
     assert model.flops() > 2 * sum(leaf.size for p, leaf in leaves.items() if "head" in p)
-    tables = home_of(slug).TORCH_NAMES or {}
+    tables = registry.home(slug).TORCH_NAMES or {}
     for rules in tables.values():
         entries = plan({path: leaf.shape for path, leaf in leaves.items()}, rules)
-        held = [path for entry in entries.values() for path in entry.paths]
-        assert sorted(held) == sorted(leaves)
+        rows = [(p, entry.row) for entry in entries.values() for p in entry.paths]
+        assert len(rows) == len(set(rows)) and {path for path, _ in rows} == set(leaves)
         assert sum(math.prod(entry.shape) for entry in entries.values()) == COUNTS[slug][preset]
 
 
@@ -227,7 +234,7 @@ def test_examples_of_a_batch_do_not_meet(slug):
     (_, logits), _ = case.step(case.params, {k: x[rows] for k, x in case.batch.items()})
     assert_close(logits, case.logits[rows], SAME_MATH)
     # The first example keeps its answer beside others.
-    other = {k: rng.standard_normal(x.shape).astype(x.dtype) for k, x in case.batch.items()}
+    other = draw_batch(case.model, rng)
     other = {k: np.concatenate([case.batch[k][:1], x[1:]]) for k, x in other.items()}
     (_, logits), _ = case.step(case.params, other)
     assert_close(logits[:1], case.logits[:1], SAME_MATH)
@@ -265,10 +272,12 @@ def test_captured_attention_sums_to_one_and_changes_nothing(slug):
 
     logits, captured, maps = run(case.params, case.batch)
     assert_close(logits, case.logits, SAME_MATH)
-    weights = jax.tree.leaves(captured)
-    assert weights
+    # Layers that are stacked by a scan have their maps stacked, too.
+    weights = [x for x in jax.tree.leaves(captured) if x.ndim == 4]
+    weights += [x for stack in jax.tree.leaves(captured) if stack.ndim == 5 for x in stack]
+    assert weights and {x.ndim for x in jax.tree.leaves(captured)} <= {4, 5}
     for weights_bnts in weights:
-        assert weights_bnts.ndim == 4 and weights_bnts.dtype == jnp.float32
+        assert weights_bnts.dtype == jnp.float32
         assert weights_bnts.shape[0] == BATCH and weights_bnts.min() >= 0
         np.testing.assert_allclose(weights_bnts.sum(axis=-1), 1, atol=SAME_MATH)
     assert maps

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chosen blocks of keys against a search by hand."""
+"""Chosen blocks of keys, and experts of tokens, against a search by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnjax.ops import attention, mask, select_blocks
+from attnjax.ops import assign_experts, attention, mask, select_blocks
+from attnjax.ops.routing import expert_capacity
 
 B, N, K, H = 2, 4, 2, 5
 
@@ -107,3 +108,92 @@ def test_refusals():
     for wrong in (key[..., :3], key[:, :20], jnp.concatenate([key, key[:, :, :1]], axis=2)):
         with pytest.raises(ValueError, match="do not fit"):
             select_blocks(query, wrong, block_q=8, block_k=8, top_k=2)
+
+
+def experts_by_hand(logits, top_k, capacity, valid):
+    """Token after token, choice after choice, in numpy."""
+    g, t, e = logits.shape
+    logits = np.asarray(logits, np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    combine = np.zeros((g, t, e, capacity))
+    chosen = np.zeros(e)
+    for group in range(g):
+        used = [0] * e
+        for token in np.flatnonzero(valid[group]):
+            p = probabilities[group, token]
+            best = np.argsort(-p, kind="stable")[:top_k]
+            weights = p[best] / (p[best].sum() if top_k > 1 else 1)
+            for expert, weight in zip(best, weights, strict=True):
+                chosen[expert] += 1
+                if used[expert] < capacity:
+                    combine[group, token, expert, used[expert]] = weight
+                used[expert] += 1
+    count = valid.sum()
+    load = e * (chosen / (top_k * count)) @ probabilities[valid].mean(axis=0)
+    z = np.mean(np.log(np.exp(logits[valid]).sum(-1)) ** 2)
+    return combine, load, z, 1 - (combine > 0).sum() / (top_k * count)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("capacity", [1, 3, 20])
+def test_assignment_equals_a_loop_over_tokens(top_k, capacity):
+    rng = np.random.default_rng(top_k)
+    logits = rng.standard_normal((3, 10, 4)).astype(np.float32)
+    valid = rng.random((3, 10)) < 0.8
+    found = assign_experts(logits, top_k=top_k, capacity=capacity, valid=valid)
+    combine, load, z, dropped = experts_by_hand(logits, top_k, capacity, valid)
+    np.testing.assert_allclose(found.combine, combine, atol=1e-6)
+    np.testing.assert_array_equal(found.dispatch, combine > 0)
+    np.testing.assert_allclose([found.load_loss, found.z_loss, found.dropped], [load, z, dropped],
+                               atol=1e-5)  # fmt: skip
+    # Nobody has two tokens in one place.
+    assert found.dispatch.sum(axis=1).max() <= 1
+    assert found.dispatch.any(axis=(1, 3)).shape == (3, 4)
+
+
+def test_equal_load_costs_one_and_a_collapse_costs_all():
+    """Every expert chosen alike, with flat probabilities: 1. One expert for all, surely: e."""
+    even = 1e-4 * jnp.eye(4)[jnp.arange(16) % 4][None]
+    np.testing.assert_allclose(assign_experts(even, top_k=1, capacity=4).load_loss, 1, atol=1e-3)
+    one = 50.0 * jnp.eye(4)[jnp.zeros(16, jnp.int32)][None]
+    collapsed = assign_experts(one, top_k=1, capacity=4)
+    np.testing.assert_allclose(collapsed.load_loss, 4, rtol=1e-5)
+    np.testing.assert_allclose(collapsed.dropped, 0.75, rtol=1e-6)
+
+
+def test_later_tokens_take_no_place_from_earlier_ones():
+    logits = np.random.default_rng(0).standard_normal((1, 12, 3)).astype(np.float32)
+    assign = jax.jit(lambda x: assign_experts(x, top_k=2, capacity=4))
+    whole, start = assign(logits), assign(logits[:, :7])
+    np.testing.assert_array_equal(whole.combine[:, :7], start.combine)
+
+
+def test_losses_pull_experts_together():
+    """A step against the gradient of the load loss lowers it."""
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal((2, 32, 4)) + np.arange(4))
+    loss = jax.jit(lambda x: assign_experts(x, top_k=1, capacity=8).load_loss)
+    gradient = jax.grad(loss)(logits.astype(jnp.float32))
+    assert float(loss(logits - 30 * gradient)) < float(loss(logits))
+
+
+def test_capacity_is_the_even_share_times_a_factor():
+    assert expert_capacity(1024, 64, 2, 1.25) == 40
+    assert expert_capacity(10, 4, 1, 1.0) == 3
+    assert expert_capacity(1, 64, 1, 1.25) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": np.zeros((2, 3))}, r"must be \[g,t,e\]"),
+        ({"top_k": 5}, "top_k=5"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"capacity": 0}, "capacity=0"),
+        ({"valid": np.ones((2, 4), bool)}, r"valid must be bool \[g,t\]"),
+        ({"valid": np.ones((2, 3), np.int32)}, "int32"),
+    ],
+)
+def test_impossible_assignments_are_refused(changes, message):
+    arguments = {"logits": np.zeros((2, 3, 4)), "top_k": 1, "capacity": 2, **changes}
+    with pytest.raises(ValueError, match=message):
+        assign_experts(arguments.pop("logits"), **arguments)

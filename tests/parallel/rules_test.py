@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from attnjax.parallel import constrain, make_mesh, process_shard, tree_shardings
+from attnjax.parallel import constrain, gather, make_mesh, process_shard, tree_shardings
 from attnjax.parallel.rules import leaf_spec
 
 
@@ -104,3 +104,48 @@ def test_constrain_inside_shard_map(mesh):
             axis_names={"data", "fsdp"},
         )  # fmt: skip
         np.testing.assert_array_equal(jax.jit(program)(jnp.ones((4, 2))), 2 * np.ones((4, 2)))
+
+
+@pytest.fixture(scope="module")
+def context_mesh():
+    return make_mesh({"fsdp": 2, "model": 2, "context": 2})
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("query/kernel", (8, 4, 2), P(("fsdp", "context"), "model", None)),
+        # A dimension that not all axes divide is divided by the first ones.
+        ("query/kernel", (6, 4, 2), P("fsdp", "model", None)),
+        ("experts/up/kernel", (4, 8, 6), P(("fsdp", "context"), None, "model")),
+        ("layers/experts/down/kernel", (3, 2, 6, 8), P(None, "fsdp", "model", "context")),
+        ("experts/router/kernel", (8, 4), P(("fsdp", "context"), None)),
+    ],
+)
+def test_context_divides_parameters(context_mesh, path, shape, spec):
+    assert leaf_spec(path, shape, context_mesh)[0] == spec
+
+
+def test_no_mesh_axis_divides_two_dimensions(context_mesh):
+    with jax.set_mesh(context_mesh):
+        run = jax.jit(lambda x: constrain(x * 2, "expert", "batch", "sequence"))
+        out, half = run(jnp.ones((4, 4, 4))), run(jnp.ones((2, 4, 4)))
+    assert out.sharding.shard_shape(out.shape) == (1, 4, 4)
+    assert half.sharding.shard_shape(half.shape) == (1, 4, 2)
+
+
+def test_gather_leaves_nothing_else_divided(mesh, context_mesh):
+    x = jnp.arange(32.0).reshape(8, 4)
+    assert gather(x, None, "mlp") is x
+    for ambient, names, local in (
+        (mesh, (None, "mlp"), (8, 2)),
+        (context_mesh, (None, None), (8, 4)),
+    ):
+        with jax.set_mesh(ambient):
+            placed = jax.device_put(x, jax.NamedSharding(ambient, P("fsdp")))
+            out = jax.jit(lambda x, names=names: gather(x, *names))(placed)
+        assert out.sharding.shard_shape(out.shape) == local
+        np.testing.assert_array_equal(out, x)
+    with jax.set_mesh(mesh):
+        inside = jax.shard_map(lambda x: gather(x, None, "mlp"), in_specs=P(), out_specs=P())
+        np.testing.assert_array_equal(jax.jit(inside)(x), x)

@@ -113,6 +113,7 @@ def test_models_do_not_import_each_other():
     from attnjax import registry
 
     modules = {s.module for s in registry.SYSTEMS.values()}
+    modules |= {target.partition(":")[0] for target in registry.BACKBONES.values()}
     for module in modules:
         path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
         others = {

@@ -6,7 +6,7 @@ import pytest
 
 from attnjax.errors import RecipeError
 from attnjax.weights import export_params, flatten, import_params, layout_of, plan, unflatten
-from attnjax.weights.names import conv, linear, norm, output, projections, rule
+from attnjax.weights.names import conv, linear, norm, output, projections, rule, stacked
 
 TABLE = tuple(
     line
@@ -107,3 +107,39 @@ def test_a_tensor_may_be_fitted():
         tensors, shapes, TABLES, fit=lambda path, x, shape: x[:, :1] if path == "cls" else x
     )
     np.testing.assert_array_equal(fitted["cls"], 1)
+
+
+STACKED = {"theirs": (stacked("layers/w/kernel", "h.{}.w", "in"), rule("cls", "token"))}
+
+
+def test_a_stacked_parameter_is_one_tensor_per_layer():
+    rng = np.random.default_rng(0)
+    tree = {
+        "layers": {"w": {"kernel": rng.standard_normal((11, 4, 2, 3)).astype(np.float32)}},
+        "cls": rng.standard_normal(5).astype(np.float32),
+    }
+    shapes = {path: leaf.shape for path, leaf in flatten(tree).items()}
+    entries = plan(shapes, STACKED["theirs"])
+    assert sorted(entries) == sorted([*(f"h.{i}.w" for i in range(11)), "token"])
+    assert entries["h.10.w"].shape == (6, 4) and entries["h.10.w"].row == 10
+    tensors = export_params(tree, STACKED["theirs"])
+    np.testing.assert_array_equal(
+        tensors["h.10.w"], tree["layers"]["w"]["kernel"][10].reshape(4, 6).T
+    )
+    again = flatten(import_params(tensors, shapes, STACKED))
+    for path, leaf in flatten(tree).items():
+        np.testing.assert_array_equal(again[path], leaf)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_a_wrong_layer_is_named(change):
+    tree = {"layers": {"w": {"kernel": np.ones((3, 4, 2), np.float32)}}, "cls": np.ones(5)}
+    shapes = {path: leaf.shape for path, leaf in flatten(tree).items()}
+    tensors = export_params(tree, STACKED["theirs"])
+    if change == "missing":
+        del tensors["h.1.w"]
+    else:
+        tensors |= {"h.3.w": tensors["h.1.w"]} if change == "extra" else {"h.1.w": np.ones((2, 5))}
+    name = "h.3.w" if change == "extra" else "h.1.w"
+    with pytest.raises(RecipeError, match=rf"{name}"):
+        import_params(tensors, shapes, STACKED)

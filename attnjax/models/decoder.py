@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder backbone: the architecture of LLaMA, Mistral and Qwen2, that text systems start from.
+
+Touvron et al., "LLaMA", arXiv 2302.13971; Jiang et al., "Mistral 7B", arXiv 2310.06825; Qwen Team,
+"Qwen2", arXiv 2407.10671; with Shazeer's mixture of experts (arXiv 1701.06538) as an option.
+Implemented from the equations; hidden states agree with transformers (tests/goldens).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from attnjax.errors import RecipeError
+from attnjax.nn.attention import CAPTURE
+from attnjax.nn.experts import ExpertOptions
+from attnjax.nn.norm import RMSNorm
+from attnjax.nn.text import HIDDEN, REMATS, Kernel, TokenTable, decoder_stack, starts
+from attnjax.ops.cache import Cache, FullCache, WindowCache
+from attnjax.parallel.constrain import constrain, gather
+from attnjax.registry import nearest
+from attnjax.typing import Array, Params
+from attnjax.weights.names import rule, stacked
+
+ATTENTIONS = ("causal", "bidirectional")
+
+# LLaMA-2 and LLaMA-3: Table 1 of arXiv 2307.09288 and Table 3 of 2407.21783; Mistral: Table 1 of
+# 2310.06825; Qwen2: Table 1 of 2407.10671; the rest from the published configurations.
+PRESETS = {
+    "llama2_7b": {
+        "vocab_size": 32_000, "width": 4096, "depth": 32, "heads": (32, 32), "hidden": 11_008,
+        "length": 4096,
+    },
+    "llama3_8b": {
+        "vocab_size": 128_256, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
+        "length": 8192, "rope_base": 500_000.0,
+    },
+    "mistral_7b_v01": {
+        "vocab_size": 32_000, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
+        "length": 8192, "window": 4096,
+    },
+    "qwen2_05b": {
+        "vocab_size": 151_936, "width": 896, "depth": 24, "heads": (14, 2), "hidden": 4864,
+        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6, "qkv_bias": True, "tied": True,
+    },
+    "tiny": {},
+}  # fmt: skip
+
+
+@flax.struct.dataclass
+class Output:
+    """What the model returns.
+
+    Attributes:
+      logits: `[b, t, v]` float32.
+      aux: with experts, float32 scalars: `load_loss`, `z_loss` and `dropped`, means over the
+        layers, and `penalty`, the sum of the layers' weighted losses; empty without.
+    """
+
+    logits: Array
+    aux: dict[str, Array]
+
+
+class Decoder(nn.Module):
+    """Token table, pre-norm layers with rotary grouped-query attention and SwiGLU, norm, head.
+
+    Hidden states of all layers are sown when the collection "hidden" is mutable; see
+    `hidden_states`.
+
+    Attributes:
+      vocab_size: v.
+      length: tokens of an example, for `example` and `flops`; any other number works as well.
+      width: d.
+      depth: layers.
+      heads: query heads, which divide the width, and key/value heads, which divide them.
+      hidden: hidden width of the channel stage, or of every expert.
+      attention: "causal", or "bidirectional": everything sees everything, without a window.
+      window: tokens that a query sees, its own included; None: all before.
+      rope_base: of the rotary wavelengths.
+      epsilon: of the norms.
+      qkv_bias: biases on query, key and value.
+      tied: the head is the transposed token table.
+      experts: fields of `nn.experts.ExpertOptions`; None: one dense channel stage.
+      dtype: compute dtype; logits are float32.
+      remat: what the backward pass computes again: "none", "full", or all but matrix products,
+        "dots".
+      attention_implementation: passed to `nn.attend`.
+    """
+
+    vocab_size: int = 256
+    length: int = 128
+    width: int = 64
+    depth: int = 2
+    heads: tuple = (4, 2)
+    hidden: int = 128
+    attention: str = "causal"
+    window: int | None = None
+    rope_base: float = 10_000.0
+    epsilon: float = 1e-5
+    qkv_bias: bool = False
+    tied: bool = False
+    experts: Any = None
+    dtype: str = "float32"
+    remat: str = "none"
+    attention_implementation: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (("attention", ATTENTIONS), ("remat", tuple(REMATS))):
+            if getattr(self, name) not in choices:
+                value = getattr(self, name)
+                raise RecipeError(f"model.{name}={value!r}: {nearest(value, choices)}")
+        for name in ("vocab_size", "length", "width", "depth", "hidden"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        if self.window is not None and self.window < 1:
+            raise RecipeError(f"model.window={self.window}: must be at least 1, or None")
+        if len(self.heads) != 2 or min(self.heads) < 1 or self.heads[0] % self.heads[1]:
+            raise RecipeError(
+                f"model.heads={tuple(self.heads)}: must be query heads and a divisor of their "
+                "number, the key/value heads"
+            )
+        if self.width % (2 * self.heads[0]):
+            raise RecipeError(
+                f"model.width={self.width}: must be an even multiple of the {self.heads[0]} heads"
+            )
+        ExpertOptions.of(self.experts)
+
+    def setup(self):
+        self.embed = TokenTable(self.vocab_size, self.width, self.dtype)
+        self.layers = decoder_stack(
+            self.depth,
+            self.remat,
+            heads=tuple(self.heads),
+            hidden=self.hidden,
+            is_causal=self.attention == "causal",
+            window=self.window,
+            rope_base=self.rope_base,
+            qkv_bias=self.qkv_bias,
+            epsilon=self.epsilon,
+            experts=ExpertOptions.of(self.experts),
+            dtype=self.dtype,
+            implementation=self.attention_implementation,
+        )
+        self.norm = RMSNorm(self.epsilon, self.dtype)
+        if not self.tied:
+            self.head = Kernel((self.width, self.vocab_size))
+
+    def __call__(
+        self,
+        tokens: Array,
+        segments: Array | None = None,
+        positions: Array | None = None,
+        *,
+        train: bool = False,
+    ) -> Output:
+        """Score the next token at every place.
+
+        Args:
+          tokens: int `[b, t]` in [0, v).
+          segments: int `[b, t]`, documents packed into one example: tokens see those of their own
+            number only. 0 is padding, on either side.
+          positions: int `[b, t]`; by default they count from 0 within every segment.
+          train: without effect: there is no dropout.
+
+        Returns:
+          An `Output`.
+        """
+        del train
+        normal_btd, aux = self.encode(tokens, segments, positions)
+        return Output(logits=self._logits(normal_btd), aux=aux)
+
+    def encode(
+        self, tokens: Array, segments: Array | None = None, positions: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return the normalised last hidden states `[b, t, d]`, and `Output.aux`.
+
+        Arguments as in `__call__`.
+        """
+        self._check(tokens, segments, positions)
+        if positions is None and segments is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        elif positions is None:
+            positions = starts(segments)
+        out_btd, (_, measures) = self.layers(self.embed(tokens), positions, segments, None, None)
+        return self._finish(out_btd), _summary(measures)
+
+    def extend(
+        self, tokens: Array, cache: Cache, lengths: Array | None = None
+    ) -> tuple[Output, Cache]:
+        """Score the next token after each of some new ones: a prompt, or a step of decoding.
+
+        Args:
+          tokens: int `[b, c]`, the new ones.
+          cache: from `empty_cache`, or from the call before.
+          lengths: int `[b]`, how many of them count, the first ones; all if None.
+
+        Returns:
+          The output for the new tokens, arbitrary beyond the lengths, and the cache afterwards.
+
+        Raises:
+          ValueError: the attention is bidirectional, or the cache is for another model.
+        """
+        if self.attention != "causal":
+            raise ValueError(f"attention={self.attention!r}: only causal decoders have a cache")
+        self._check(tokens, None, None)
+        if cache.length.shape != (self.depth, tokens.shape[0]):
+            raise ValueError(
+                f"the cache is for {cache.length.shape} layers and examples, not "
+                f"{(self.depth, tokens.shape[0])}: make it with empty_cache"
+            )
+        positions = cache.length[0][:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        out_btd, (cache, measures) = self.layers(
+            self.embed(tokens), positions, None, lengths, cache
+        )
+        return Output(self._logits(self._finish(out_btd)), _summary(measures)), cache
+
+    def empty_cache(self, batch: int, capacity: int, chunk: int = 1, dtype: Any = None) -> Cache:
+        """Return a cache without tokens for `extend`, with a leading axis of layers.
+
+        Args:
+          batch: number of examples.
+          capacity: most tokens of an example; with a window any number fits.
+          chunk: with a window, tokens that attend at once; longer prompts are taken in pieces.
+          dtype: of the storage; the compute dtype by default.
+        """
+        n, k = self.heads
+        sizes = {"batch": batch, "heads": k, "width": self.width // n, "dtype": dtype or self.dtype}
+        if self.window is not None and self.window < capacity:
+            cache: Cache = WindowCache.empty(**sizes, window=self.window, chunk=chunk)
+        else:
+            cache = FullCache.empty(**sizes, capacity=capacity)
+        return jax.tree.map(lambda x: jnp.repeat(x[None], self.depth, axis=0), cache)
+
+    def head_kernel(self, params: Params) -> Array:
+        """Return the matrix `[d, v]` float32 that turns hidden states into logits."""
+        return params["embed"]["embedding"].T if self.tied else params["head"]["kernel"]
+
+    def hidden_states(self, captured: Mapping[str, Any]) -> Array:
+        """Return `[depth + 1, b, t, d]`: the input of every layer, and the normalised output.
+
+        Args:
+          captured: what `apply(..., mutable=["hidden"])` returned beside the output.
+        """
+        captured = captured.get(HIDDEN, captured)
+        (inputs_lbtd,), (last_btd,) = captured["layers"]["input"], captured["last"]
+        return jnp.concatenate([inputs_lbtd, last_btd[None]])
+
+    def attention_maps(self, captured: Mapping[str, Any]) -> dict[str, Array]:
+        """Return where the last token looks, averaged over heads.
+
+        Args:
+          captured: what `apply(..., mutable=["attention"])` returned beside the output.
+
+        Returns:
+          Title -> `[b, 1, s]` for the first and the last layer.
+        """
+        captured = captured.get(CAPTURE, captured)
+        (weights_lbnts,) = captured["layers"]["attention"]["probabilities"]
+        last_lbs = weights_lbnts[:, :, :, -1].mean(axis=2)
+        return {
+            f"last token, layer {layer}": last_lbs[layer - 1][:, None]
+            for layer in sorted({1, self.depth})
+        }
+
+    def example(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return names, shapes and dtypes of the inputs."""
+        return {"tokens": jax.ShapeDtypeStruct((batch, self.length), jnp.int32)}
+
+    def flops(self) -> float:
+        """Count the matrix products of one example's forward pass; a multiply-add is two.
+
+        Pairs of tokens that a mask hides are not counted, nor is what moves tokens to experts.
+        """
+        (n, k), d, t = self.heads, self.width, self.length
+        experts = ExpertOptions.of(self.experts)
+        channels = 3 * d * self.hidden
+        if experts is not None:
+            channels = experts.top_k * channels + d * experts.count
+        per_token = self.depth * (2 * d * d + 2 * d * (d // n) * k + channels) + d * self.vocab_size
+        pairs = t * t
+        if self.attention == "causal":
+            reach = min(t, self.window or t)
+            pairs = reach * (reach + 1) // 2 + (t - reach) * reach
+        return 2.0 * (t * per_token + self.depth * 2 * d * pairs)
+
+    def _check(self, tokens, segments, positions):
+        arrays = {"tokens": tokens, "segments": segments, "positions": positions}
+        for name, array in arrays.items():
+            if array is None:
+                continue
+            is_fine = array.ndim == 2 and jnp.issubdtype(array.dtype, jnp.integer)
+            if not is_fine or array.shape[1] != tokens.shape[1]:
+                raise ValueError(
+                    f"{name} must be integers [b, t], like tokens {tokens.shape}, got "
+                    f"{array.dtype} {array.shape}"
+                )
+
+    def _finish(self, x_btd):
+        normal_btd = self.norm(x_btd)
+        if self.is_mutable_collection(HIDDEN) and not self.is_initializing():
+            self.sow(HIDDEN, "last", normal_btd)
+        return normal_btd
+
+    def _logits(self, normal_btd):
+        kernel_dv = self.embed.embedding.T if self.tied else self.head()
+        kernel_dv = gather(kernel_dv.astype(self.dtype), None, "vocab")
+        logits = jnp.einsum(
+            "btd,dv->btv", normal_btd, kernel_dv, preferred_element_type=jnp.float32
+        )
+        return constrain(logits, "batch", "sequence", "vocab")
+
+
+def _summary(measures):
+    """Reduce what experts measured, `[l]`, over the layers."""
+    means = {name: jnp.mean(x) for name, x in measures.items() if name != "penalty"}
+    return means | {name: jnp.sum(x) for name, x in measures.items() if name == "penalty"}
+
+
+def _names():
+    ours, theirs = "layers/attention", "model.layers.{}.self_attn"
+    yield rule("embed/embedding", "model.embed_tokens.weight")
+    for part, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+        yield stacked(f"{ours}/{part}/kernel", f"{theirs}.{letter}_proj.weight", "in")
+        yield stacked(f"{ours}/{part}/bias", f"{theirs}.{letter}_proj.bias", "vector")
+    yield stacked(f"{ours}/out/kernel", f"{theirs}.o_proj.weight", "out")
+    for part in ("gate", "up", "down"):
+        tensor = f"model.layers.{{}}.mlp.{part}_proj.weight"
+        yield stacked(f"layers/mlp/{part}/kernel", tensor, "in")
+    yield stacked("layers/attention_norm/scale", "model.layers.{}.input_layernorm.weight")
+    yield stacked("layers/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight")
+    yield rule("norm/scale", "model.norm.weight")
+    yield rule("head/kernel", "lm_head.weight", "in")
+
+
+TORCH_NAMES = {"hf": tuple(_names())}
+"""Layout -> name table. Experts exist in no layout of these three families."""

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of pre-norm decoders with rotary positions (LLaMA, Mistral, Qwen2), stacked by a scan."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attnjax.nn.attend import attend
+from attnjax.nn.attention import CAPTURE, Projection
+from attnjax.nn.experts import ExpertOptions, Experts
+from attnjax.nn.initializers import LINEAR, TABLE
+from attnjax.nn.norm import RMSNorm
+from attnjax.ops import mask as masks
+from attnjax.ops.cache import Cache, append_and_attend
+from attnjax.ops.positions import rotate
+from attnjax.parallel.constrain import constrain, gather
+from attnjax.typing import Array
+
+HIDDEN = "hidden"
+"""Collection that receives hidden states: pass `mutable=["hidden"]` to `apply`."""
+
+REMATS: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass finds of a layer: everything, its input, or its matrix products too."""
+
+
+class TokenTable(nn.Module):
+    """Vectors of a vocabulary, and their products with hidden states where these are tied.
+
+    Attributes:
+      vocab_size: v.
+      width: d.
+      dtype: compute dtype.
+    """
+
+    vocab_size: int
+    width: int
+    dtype: str = "float32"
+
+    def setup(self):
+        self.embedding = self.param("embedding", TABLE, (self.vocab_size, self.width), jnp.float32)
+
+    def __call__(self, tokens: Array) -> Array:
+        """Map `tokens [b, t]` in [0, v) to `[b, t, d]`."""
+        # Gathered first: tokens may be divided over the axes that divide the width.
+        table_vd = gather(self.embedding.astype(self.dtype), "vocab", None)
+        return constrain(jnp.take(table_vd, tokens, axis=0), "batch", "sequence", None)
+
+
+class Kernel(nn.Module):
+    """One matrix, float32.
+
+    Attributes:
+      shape: its shape.
+    """
+
+    shape: tuple
+
+    @nn.compact
+    def __call__(self) -> Array:
+        """Return the matrix."""
+        return self.param("kernel", LINEAR, self.shape, jnp.float32)
+
+
+def starts(segments: Array) -> Array:
+    """Return positions that begin again with every segment, int32 of the shape of segments.
+
+    Args:
+      segments: int `[b, t]`; equal neighbours are one segment.
+    """
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    is_new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(is_new, index, 0), axis=1)
+
+
+class RotaryAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions (half-split) and no output bias.
+
+    When the collection "attention" is mutable, the probabilities `[b,n,t,s]` are sown there.
+
+    Attributes:
+      heads: query heads n and key/value heads k; head i uses key/value head `i // (n // k)`.
+      is_causal: queries see no later tokens; else they see all, and the window does not count.
+      window: tokens that a query sees, its own included; None: all before.
+      rope_base: of the rotary wavelengths.
+      qkv_bias: biases on query, key and value.
+      dtype: compute dtype.
+      implementation: passed to `nn.attend`.
+    """
+
+    heads: tuple
+    is_causal: bool = True
+    window: int | None = None
+    rope_base: float = 10_000.0
+    qkv_bias: bool = False
+    dtype: str = "float32"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array | None = None,
+        lengths: Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """Attend among tokens, or from new tokens to a cache and themselves.
+
+        Args:
+          x: `[b, t, d]`.
+          positions: int `[b, t]`.
+          segments: int `[b, t]`; tokens see only those of their own number. Not with a cache.
+          lengths: int `[b]`, tokens that count, with a cache; all if None.
+          cache: keys and values of earlier tokens.
+
+        Returns:
+          `[b, t, d]` and the cache afterwards.
+        """
+        (n, k), d = self.heads, x.shape[-1]
+        h = d // n
+
+        def project(name, heads):
+            bias_shape = (heads, h) if self.qkv_bias else None
+            kernel, bias = Projection((d, heads, h), bias_shape, self.dtype, name=name)()
+            kernel_dnh = gather(kernel, None, "heads", None)
+            out_btnh = jnp.einsum("btd,dnh->btnh", x, kernel_dnh)
+            out_btnh = out_btnh if bias is None else out_btnh + bias
+            return constrain(out_btnh, "batch", "sequence", "heads", None)
+
+        query_btnh, key_bskh, value_bskh = (
+            project("query", n),
+            project("key", k),
+            project("value", k),
+        )
+        query_btnh = rotate(query_btnh, positions, base=self.rope_base)
+        key_bskh = rotate(key_bskh, positions, base=self.rope_base)
+        options = {}
+        capture = self.is_mutable_collection(CAPTURE) and not self.is_initializing()
+        if capture:
+            options["return_probabilities"] = True
+        if cache is None:
+            mask = self._mask(segments)
+            result = attend(
+                query_btnh, key_bskh, value_bskh,
+                mask=mask, implementation=self.implementation, **options,
+            )  # fmt: skip
+        else:
+            result, cache = append_and_attend(
+                query_btnh, key_bskh, value_bskh, cache, lengths=lengths, **options
+            )
+        if capture:
+            self.sow(CAPTURE, "probabilities", result.probabilities)
+        out_btnh = result.out if capture else result
+        kernel, _ = Projection((n, h, d), None, self.dtype, name="out")()
+        return jnp.einsum("btnh,nhd->btd", out_btnh, gather(kernel, "heads", None, None)), cache
+
+    def _mask(self, segments):
+        mask = None
+        if self.is_causal:
+            window = self.window
+            mask = masks.causal() if window is None else masks.sliding_window(window - 1, 0)
+        if segments is None:
+            return mask
+        same = masks.segments(segments, segments)
+        return same if mask is None else mask & same
+
+
+class SwiGlu(nn.Module):
+    """out = (silu(x W_gate) * (x W_up)) W_down, without biases.
+
+    Attributes:
+      hidden: width f in the middle.
+      dtype: compute dtype.
+    """
+
+    hidden: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Map `x [b, t, d]` to `[b, t, d]`."""
+        d, f = x.shape[-1], self.hidden
+        kernel = lambda name, *shape: Kernel(shape, name=name)().astype(self.dtype)
+        gate_df = gather(kernel("gate", d, f), None, "mlp")
+        up_df = gather(kernel("up", d, f), None, "mlp")
+        down_fd = gather(kernel("down", f, d), "mlp", None)
+        hidden_btf = jax.nn.silu(x @ gate_df) * (x @ up_df)
+        return constrain(hidden_btf, "batch", "sequence", "mlp") @ down_fd
+
+
+class DecoderLayer(nn.Module):
+    """x <- x + attention(norm(x)); x <- x + channels(norm(x)).
+
+    When the collection "hidden" is mutable, the input `[b, t, d]` is sown there.
+
+    Attributes:
+      heads, is_causal, window, rope_base, qkv_bias, implementation: see `RotaryAttention`.
+      hidden: hidden width of the channel stage.
+      epsilon: of the norms.
+      experts: a mixture of experts instead of one `SwiGlu`.
+      dtype: compute dtype.
+    """
+
+    heads: tuple
+    hidden: int
+    is_causal: bool = True
+    window: int | None = None
+    rope_base: float = 10_000.0
+    qkv_bias: bool = False
+    epsilon: float = 1e-5
+    experts: ExpertOptions | None = None
+    dtype: str = "float32"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array | None,
+        lengths: Array | None,
+        cache: Cache | None,
+    ) -> tuple[Array, tuple[Cache | None, dict[str, Array]]]:
+        """Map `x [b, t, d]`; arguments as in `RotaryAttention`, padding is segment 0.
+
+        Returns:
+          `[b, t, d]`; and the cache afterwards with what `Experts` measures, empty without.
+        """
+        if self.is_mutable_collection(HIDDEN) and not self.is_initializing():
+            self.sow(HIDDEN, "input", x)
+        mixer = RotaryAttention(
+            self.heads, self.is_causal, self.window, self.rope_base, self.qkv_bias,
+            self.dtype, self.implementation, name="attention",
+        )  # fmt: skip
+        normal_btd = RMSNorm(self.epsilon, self.dtype, name="attention_norm")(x)
+        branch_btd, cache = mixer(normal_btd, positions, segments, lengths, cache)
+        x = constrain(x + branch_btd, "batch", "sequence", None)
+        normal_btd = RMSNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
+        measures: dict[str, Array] = {}
+        if self.experts is None:
+            branch_btd = SwiGlu(self.hidden, self.dtype, name="mlp")(normal_btd)
+        else:
+            valid = None if segments is None else segments > 0
+            if lengths is not None:
+                valid = jnp.arange(x.shape[1]) < lengths[:, None]
+            stage = Experts(self.hidden, self.experts, self.dtype, name="experts")
+            branch_btd, measures = stage(normal_btd, valid)
+        return constrain(x + branch_btd, "batch", "sequence", None), (cache, measures)
+
+
+def decoder_stack(depth: int, remat: str, **fields) -> nn.Module:
+    """Return `depth` layers as one module whose parameters have a leading axis of layers.
+
+    Args:
+      depth: number of layers.
+      remat: a key of `REMATS`.
+      **fields: of `DecoderLayer`.
+
+    Returns:
+      A module called like `DecoderLayer`; caches and what it returns beside `x` have a leading
+      axis of layers, too.
+    """
+    layer = DecoderLayer
+    if REMATS[remat] is not None:
+        layer = nn.remat(layer, policy=REMATS[remat], prevent_cse=False)
+    stacked = nn.scan(
+        layer,
+        variable_axes={"params": 0, CAPTURE: 0, HIDDEN: 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+        out_axes=0,
+        length=depth,
+    )
+    return stacked(**fields)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language modelling: predict every next token of a text, whatever its length."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.errors import RecipeError
+from attnjax.losses.language import TokenLosses, token_losses
+from attnjax.metrics import Mean, Metric
+from attnjax.metrics.language import BitsPerByte, Perplexity
+from attnjax.parallel.constrain import constrain, gather
+from attnjax.typing import Array, Batch, Params, PRNGKey
+
+TRAIN_TO_FORWARD = 3.0
+"""The backward pass does twice the forward work; recomputation does not count as useful work."""
+
+INIT_LENGTH = 8
+"""Tokens of the example that parameters are made with: their shapes do not depend on it."""
+
+
+class LanguageModelling:
+    """Next-token prediction on `tokens [b,t]` int32.
+
+    With `packed`, the batch also holds `segments [b,t]` int32: documents that do not see each other
+    and are not predicted from each other; 0 is padding. Logits exist for a part of the tokens at a
+    time only.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        z_loss: float = 0.0,
+        logits_chunk: int = 0,
+        packed: bool = False,
+        bytes_per_token: float = 1.0,
+    ):
+        """Bind a model to the task.
+
+        Args:
+          model: Linen module with `encode(tokens, segments)`, `head_kernel(params)` and
+            `vocab_size`, such as `models.decoder.Decoder`.
+          z_loss: weight of the mean squared log-sum-exp of the logits.
+          logits_chunk: tokens of an example whose logits exist at the same time; 0: all.
+          packed: the batch holds `segments`.
+          bytes_per_token: mean length of a token, for bits per byte.
+
+        Raises:
+          RecipeError: a value is out of range, or the model sees what it should predict.
+        """
+        for name, value, fine in (
+            ("z_loss", z_loss, z_loss >= 0),
+            ("logits_chunk", logits_chunk, logits_chunk >= 0),
+            ("bytes_per_token", bytes_per_token, bytes_per_token > 0),
+        ):
+            if not fine:
+                raise RecipeError(f"task.{name}={value!r} is out of range")
+        for name in ("encode", "head_kernel"):
+            if not hasattr(model, name):
+                raise RecipeError(
+                    f"task language: {type(model).__name__} is no language model: it has no {name}"
+                )
+        if getattr(model, "attention", "causal") != "causal":
+            raise RecipeError(
+                f"task language: with model.attention={model.attention!r} tokens see what they "
+                "should predict; choose 'causal'"
+            )
+        self.model = model
+        self.z_loss, self.logits_chunk = z_loss, logits_chunk
+        self.packed, self.bytes_per_token = packed, bytes_per_token
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the batch entries that `loss` reads."""
+        return ("tokens", "segments") if self.packed else ("tokens",)
+
+    def example(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return names, shapes and dtypes of what `loss` reads, for a batch of this size."""
+        tokens = self.model.example(batch)["tokens"]
+        return {name: tokens for name in self.inputs}
+
+    @property
+    def param_axes(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+        """The model file's `PARAM_AXES`, empty where the default rules do."""
+        return tuple(getattr(inspect.getmodule(type(self.model)), "PARAM_AXES", ()))
+
+    @property
+    def flops(self) -> float:
+        """Training operations per example: forward and backward, without recomputation."""
+        return TRAIN_TO_FORWARD * float(self.model.flops())
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a host batch with missing entries or tokens outside the vocabulary.
+
+        Raises:
+          RecipeError: names the entry, or the token and its example.
+        """
+        missing = [name for name in self.inputs if name not in batch]
+        if missing:
+            raise RecipeError(
+                f"the data has no {', '.join(missing)}: the task reads {', '.join(self.inputs)}, "
+                f"the batch holds {', '.join(sorted(batch))}"
+            )
+        arrays = {name: np.asarray(batch[name]) for name in self.inputs}
+        for name, array in arrays.items():
+            if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+                raise RecipeError(
+                    f"{name} must be [b, t] integers, not {array.dtype} of shape {array.shape}"
+                )
+        tokens, size = arrays["tokens"], int(self.model.vocab_size)
+        wrong = (tokens < 0) | (tokens >= size)
+        if self.packed and (arrays["segments"] < 0).any():
+            raise RecipeError("segments must be at least 0, which is padding")
+        if wrong.any():
+            row, place = (int(i[0]) for i in np.nonzero(wrong))
+            where = f"example {int(batch['index'][row])}" if "index" in batch else f"row {row}"
+            raise RecipeError(
+                f"token {int(tokens[row, place])} at place {place} of {where} is outside 0 to "
+                f"{size - 1}: model.vocab_size={size} does not fit this data"
+            )
+
+    def init(self, key: PRNGKey, batch: Mapping[str, Any]) -> Params:
+        """Return new parameters; nothing of the batch matters."""
+        del batch
+        tokens = jnp.zeros((1, INIT_LENGTH), jnp.int32)
+        return jax.jit(self.model.init)(key, tokens)["params"]
+
+    def _compare(self, params, batch, **options) -> tuple[TokenLosses, Array, dict[str, Array]]:
+        """Return losses of all tokens, which of them count `[b,t]`, and the model's own values."""
+        tokens, segments = batch["tokens"], batch.get("segments") if self.packed else None
+        hidden, aux = self.model.apply(
+            {"params": params}, tokens, segments, method="encode", **options
+        )
+        last = tokens.shape[1] - 1
+        counts = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < last, tokens.shape)
+        if segments is not None:
+            counts &= (segments > 0) & (segments == jnp.roll(segments, -1, axis=1))
+        if "valid" in batch:
+            counts &= batch["valid"][:, None]
+        losses = token_losses(
+            hidden,
+            gather(self.model.head_kernel(params), None, "vocab"),
+            jnp.roll(tokens, -1, axis=1),
+            chunk=self.logits_chunk,
+            place=constrain,
+        )
+        return losses, counts, aux
+
+    def loss(
+        self, params: Params, batch: Batch, key: PRNGKey, step: Array | int
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return the mean negative log-likelihood of next tokens, plus penalties.
+
+        Args:
+          params: what `init` returned.
+          batch: the global batch.
+          key: unused: nothing is random.
+          step: unused; part of the contract.
+
+        Returns:
+          Scalar float32 loss: the mean in nats over all tokens that count, `z_loss` times the mean
+          squared log-sum-exp, and the model's own penalty; and of the first alone `perplexity` and
+          `bits_per_byte`, with `accuracy` and what a mixture of experts measures.
+        """
+        del key, step
+        losses, counts, aux = self._compare(params, batch)
+        total = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
+        mean = lambda x: jnp.sum(jnp.where(counts, x, 0)) / total
+        nll = mean(losses.nll)
+        loss = nll + aux.get("penalty", 0.0)
+        if self.z_loss:
+            loss = loss + self.z_loss * mean(jnp.square(losses.lse))
+        hits = losses.best == jnp.roll(batch["tokens"], -1, axis=1)
+        metrics = {
+            "accuracy": mean(hits.astype(jnp.float32)),
+            "perplexity": jnp.exp(nll),
+            "bits_per_byte": nll / (self.bytes_per_token * math.log(2)),
+        }
+        return loss, metrics | {name: x for name, x in aux.items() if name != "penalty"}
+
+    def evaluate(self, params: Params, batch: Batch) -> dict[str, Metric]:
+        """Return states of `loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy`."""
+        losses, counts, _ = self._compare(params, batch)
+        hits = losses.best == jnp.roll(batch["tokens"], -1, axis=1)
+        return {
+            "loss": Mean.of(losses.nll, valid=counts),
+            "perplexity": Perplexity.of(losses.nll, valid=counts),
+            "bits_per_byte": BitsPerByte.from_losses(losses.nll, counts, self.bytes_per_token),
+            "accuracy": Mean.of(hits, valid=counts),
+        }
+
+    def predict(self, params: Params, batch: Batch) -> dict[str, Array]:
+        """Return what is thought of every next token.
+
+        Returns:
+          `prediction [b,t]` int32, the likeliest next tokens; `log_likelihood [b]` float32 of the
+          text, in nats.
+        """
+        losses, counts, _ = self._compare(params, batch)
+        total = -jnp.sum(jnp.where(counts, losses.nll, 0), axis=1)
+        return {"prediction": losses.best, "log_likelihood": total}
+
+    def explain(self, params: Params, batch: Batch) -> dict[str, Any]:
+        """Return the likeliest token after each text and where its last token looks.
+
+        Returns:
+          `prediction [b]` int32; `maps`, title -> `[b, 1, s]` float32.
+        """
+        segments = batch["segments"] if self.packed else None
+        output, captured = self.model.apply(
+            {"params": params}, batch["tokens"], segments, mutable=["attention"]
+        )
+        return {
+            "prediction": jnp.argmax(output.logits[:, -1], axis=-1).astype(jnp.int32),
+            "maps": self.model.attention_maps(captured),
+        }
