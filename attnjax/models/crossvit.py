@@ -149,7 +149,7 @@ class Fusion(nn.Module):
       dropout: rate while training.
       drop_path: rate while training.
       dtype: compute dtype.
-      implementation: passed to `ops.attention`.
+      implementation: passed to `nn.attend`.
     """
 
     kind: str
@@ -273,7 +273,7 @@ class CrossViT(nn.Module):
       resize: how the coarse image is made: "bicubic" or centre "crop".
       dtype: compute dtype; parameters and logits are float32.
       remat: "none", or "blocks" to recompute encoder blocks in the backward pass.
-      attention_implementation: passed to `ops.attention`, except by class-token cross-attention,
+      attention_implementation: passed to `nn.attend`, except by class-token cross-attention,
         whose one row of scores per head is always materialised.
     """
 

@@ -5,21 +5,30 @@ from attnjax.nn.attend import attend
 from attnjax.nn.attention import MultiHeadAttention
 from attnjax.nn.blocks import EncoderBlock, Mlp, drop_path, gelu
 from attnjax.nn.embed import ConvStem, PatchEmbed, TokenEmbed, TokensToToken
+from attnjax.nn.experts import ExpertOptions, Experts
 from attnjax.nn.norm import LayerNorm, RMSNorm
+from attnjax.nn.text import DecoderLayer, RotaryAttention, SwiGlu, TokenTable, decoder_stack
 from attnjax.nn.vision import band_filter, interpolate_positions
 
 __all__ = [
     "ConvStem",
+    "DecoderLayer",
     "EncoderBlock",
+    "ExpertOptions",
+    "Experts",
     "LayerNorm",
     "Mlp",
     "MultiHeadAttention",
     "PatchEmbed",
     "RMSNorm",
+    "RotaryAttention",
+    "SwiGlu",
     "TokenEmbed",
+    "TokenTable",
     "TokensToToken",
     "attend",
     "band_filter",
+    "decoder_stack",
     "drop_path",
     "gelu",
     "interpolate_positions",

@@ -68,7 +68,7 @@ class EncoderBlock(nn.Module):
       drop_path: rate of dropping each residual branch per example while training.
       epsilon: of the norms.
       dtype: compute dtype.
-      implementation: passed to `ops.attention`.
+      implementation: passed to `nn.attend`.
     """
 
     num_heads: int

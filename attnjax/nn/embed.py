@@ -124,7 +124,7 @@ class TokenTransformer(nn.Module):
       kind: "t2t" (softmax) or "performer" (positive random features).
       epsilon: of the norms.
       dtype: compute dtype.
-      implementation: passed to `ops.attention` (kind "t2t").
+      implementation: passed to `nn.attend` (kind "t2t").
     """
 
     features: int = 64
@@ -166,7 +166,7 @@ class TokensToToken(nn.Module):
       patch: 12 or 16, the total stride.
       kind: "t2t" or "performer".
       dtype: compute dtype.
-      implementation: passed to `ops.attention` (kind "t2t").
+      implementation: passed to `nn.attend` (kind "t2t").
     """
 
     features: int

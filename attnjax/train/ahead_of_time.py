@@ -64,7 +64,8 @@ class Compiled:
       memory: what the chip has.
       flops: analytic operations of one step over all devices, recomputation left out.
       peak_flops: operations per second that all devices could do at best.
-      collectives: kind -> count, executions per step, bytes per device and step.
+      collectives: kind -> count, executions per step, bytes per device and step; None where the
+        compiler cannot print its program.
       seconds: compile time.
     """
 
@@ -80,7 +81,7 @@ class Compiled:
     memory: int
     flops: float
     peak_flops: float
-    collectives: dict[str, dict[str, int]]
+    collectives: dict[str, dict[str, int]] | None
     seconds: float
 
     @property
@@ -143,9 +144,20 @@ def compile_step(recipe: Recipe, topology: str) -> Compiled:
         memory=chip.memory,
         flops=program.task.flops * recipe.batch,
         peak_flops=chip.peak * mesh.size,
-        collectives=collectives.total(collectives.read(compiled.as_text())),
+        collectives=_collectives(compiled),
         seconds=round(time.monotonic() - start, 1),
     )
+
+
+def _collectives(compiled):
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # Seen with jaxlib 0.10.2: it refuses to parse asynchronous updates that libtpu has written.
+        if "async-update" not in str(error):
+            raise
+        return None
+    return collectives.total(collectives.read(text))
 
 
 def render(compiled: Compiled) -> str:
@@ -171,10 +183,13 @@ def render(compiled: Compiled) -> str:
     verdict = "fits" if compiled.fits else "DOES NOT FIT"
     lines += [f"  {verdict}: the peak is {share:.0%} of the chip's memory", ""]
     lines += ["collectives per step           count  executions  MiB per device"]
-    lines += [
-        f"  {kind:26}{sums['count']:8}{sums['executions']:12}{sums['bytes'] / 2**20:16.1f}"
-        for kind, sums in compiled.collectives.items()
-    ] or ["  none"]
+    if compiled.collectives is None:
+        lines.append("  unknown: the compiler cannot print this program")
+    else:
+        lines += [
+            f"  {kind:26}{sums['count']:8}{sums['executions']:12}{sums['bytes'] / 2**20:16.1f}"
+            for kind, sums in compiled.collectives.items()
+        ] or ["  none"]
     lines += [
         "",
         f"operations per step {compiled.flops:.3e} (analytic, without recomputation)",
