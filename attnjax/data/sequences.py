@@ -286,13 +286,16 @@ class Pathfinder:
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Return the picture `[side, side]` float32 and the label."""
-        taken = np.zeros((self._side, self._side), bool)
-        long = round(0.75 * self._side)
-        curves = [_free_curve(rng, taken, long), _free_curve(rng, taken, long)]
-        curves += [_free_curve(rng, taken, max(4, long // 4)) for _ in range(self._distractors)]
+        long, curves = round(0.75 * self._side), []
+        while len(curves) < 2:  # rarely, the first curve leaves no room for the second
+            taken = np.zeros((self._side, self._side), bool)
+            found = [_free_curve(rng, taken, long) for _ in range(2)]
+            curves = [curve for curve in found if curve is not None]
+        short = [_free_curve(rng, taken, long // 3) for _ in range(self._distractors)]
         image = np.zeros((self._side, self._side), np.float32)
-        for curve in curves:
-            dashed = curve[np.arange(len(curve)) % 4 < 3]
+        for curve in (*curves, *(curve for curve in short if curve is not None)):
+            place = np.arange(len(curve))
+            dashed = curve[(place % 4 < 3) | (place >= len(curve) - 3)]
             image[dashed[:, 0], dashed[:, 1]] = 0.5
         label = int(rng.integers(2))
         first, second = curves[:2] if rng.integers(2) else curves[1::-1]
@@ -302,9 +305,12 @@ class Pathfinder:
 
 
 def _free_curve(rng, taken, steps):
-    """Draw a smooth curve of pixels that touches nothing drawn before, and mark it as taken."""
-    side = len(taken)
-    while steps > 1:
+    """Draw a smooth curve of pixels, four away from all others, and mark its surroundings as taken.
+
+    Where there is no room it becomes shorter, down to half of the steps; then it is None.
+    """
+    side, shortest = len(taken), steps // 2
+    while steps >= max(4, shortest):
         for _ in range(40):
             place, angle = rng.uniform(2, side - 3, 2), rng.uniform(0, 2 * np.pi)
             pixels = [tuple(np.rint(place).astype(int))]
@@ -319,7 +325,7 @@ def _free_curve(rng, taken, steps):
             curve = np.array(pixels)
             if len(curve) == steps and not taken[curve[:, 0], curve[:, 1]].any():
                 for y, x in curve:
-                    taken[y - 2 : y + 3, x - 2 : x + 3] = True
+                    taken[max(0, y - 3) : y + 4, max(0, x - 3) : x + 4] = True
                 return curve
         steps -= max(1, steps // 8)
-    raise ValueError("no room for another curve")
+    return None
