@@ -37,11 +37,24 @@ SYSTEMS = {
             "CrossViT: dual-branch vision transformer with cross-attention fusion",
             "attnjax.models.crossvit:CrossViT",
         ),
+        System(
+            "unified_long_sequence",
+            "benchmark",
+            "Unified view of long-sequence models: token mixers, context sweeps, speed and memory",
+            "attnjax.benchmarks.long_sequence:run",
+        ),
     )
 }
 
+MODELS = {
+    "sequence_mixer": "attnjax.models.sequence_mixer:SequenceMixer",
+}
+"""Models that belong to a system of another kind."""
+
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
+    "next_token": "attnjax.tasks.sequence:NextToken",
+    "position_regression": "attnjax.tasks.sequence:PositionRegression",
 }
 
 SOURCES = {
@@ -51,6 +64,17 @@ SOURCES = {
     "information_exchange": "attnjax.data.synthetic:InformationExchange",
     "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
     "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
+    "digit_sequences": "attnjax.data.lra:DigitSequences",
+    "listops": "attnjax.data.sequences:ListOps",
+    "lra_image": "attnjax.data.lra:LraImage",
+    "lra_listops": "attnjax.data.lra:LraListOps",
+    "lra_pathfinder": "attnjax.data.lra:LraPathfinder",
+    "lra_retrieval": "attnjax.data.lra:LraRetrieval",
+    "lra_text": "attnjax.data.lra:LraText",
+    "moving_average": "attnjax.data.sequences:MovingAverage",
+    "needle": "attnjax.data.sequences:Needle",
+    "pathfinder": "attnjax.data.sequences:Pathfinder",
+    "text_bytes": "attnjax.data.lra:TextBytes",
 }
 
 PIPELINES = {
@@ -61,7 +85,7 @@ PIPELINES = {
 }
 
 TABLES = {
-    "model": {slug: system.target for slug, system in SYSTEMS.items() if system.kind == "model"},
+    "model": MODELS | {s.slug: s.target for s in SYSTEMS.values() if s.kind == "model"},
     "task": TASKS,
     "source": SOURCES,
     "pipeline": PIPELINES,

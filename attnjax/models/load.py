@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by name: slug, preset, overrides, and published weights."""
 
-import importlib
 import sys
 from typing import Any
 
@@ -19,7 +18,7 @@ def build(slug: str, preset: str | None = None, **overrides: Any) -> Any:
     """Construct a model without parameters.
 
     Args:
-      slug: a registered system of kind model.
+      slug: a registered model.
       preset: a key of its PRESETS; None takes the module's defaults.
       **overrides: fields of the module, such as `num_classes=10`.
 
@@ -31,7 +30,7 @@ def build(slug: str, preset: str | None = None, **overrides: Any) -> Any:
         not fit together.
     """
     module_class = registry.resolve("model", slug)
-    presets = importlib.import_module(registry.system(slug).module).PRESETS
+    presets = sys.modules[module_class.__module__].PRESETS
     if preset is not None and preset not in presets:
         raise RecipeError(
             f"unknown preset {preset!r} of {slug}: {registry.nearest(preset, presets)}"
@@ -52,7 +51,7 @@ def load(
     """Construct a model and its parameters.
 
     Args:
-      slug: a registered system of kind model.
+      slug: a registered model.
       preset: a key of its PRESETS; None takes the module's defaults.
       weights: safetensors file in this library's or a published layout; None draws initial values
         from key 0.

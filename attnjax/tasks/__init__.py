@@ -2,6 +2,7 @@
 """Tasks bind a model, its loss and its metrics to the one contract the trainer knows."""
 
 from attnjax.tasks.classification import Classification
+from attnjax.tasks.sequence import NextToken, PositionRegression
 from attnjax.tasks.task import Task
 
-__all__ = ["Classification", "Task"]
+__all__ = ["Classification", "NextToken", "PositionRegression", "Task"]
