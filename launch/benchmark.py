@@ -1,33 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure speed: python -m launch.benchmark --suite=attention --out=DIR
+"""Measure speed: python -m launch.benchmark --suite=attention|mixers --out=DIR
 or --suite=training --config=FILE [--peer=timm]
 
 attention: implementations and installed peers in turns; results.csv (resumable) and results.png.
 With --tune: tile sizes of our implementations in turns; tuning.json, see attnjax/ops/tuning.py.
+mixers: token mixers over length, likewise; with --config: the recipe trained over context.
 training: a recipe's step and forward pass, its data pipeline, and a peer in turns.
-Progress goes to stderr, a table to stdout.
 """
 
-import json
+import importlib
 import pathlib
-import sys
 
 from absl import flags
 
 from attnjax.errors import RecipeError
+from attnjax.recipe import available
 from launch import command
 
-SUITES = ("attention", "training")
+CELLS = {"attention": "attention", "mixers": "long_sequence"}
+SUITES = (*CELLS, "training")
 CONFIG = command.define_config()
 SUITE = flags.DEFINE_string("suite", None, "What to measure: " + ", ".join(SUITES) + ".")
-SHAPES = flags.DEFINE_string("shapes", "standard", "attention: quick, standard or long.")
-ONLY = flags.DEFINE_string("only", "", "attention: pattern of cells, such as chunked/causal/.*")
+SHAPES = flags.DEFINE_string("shapes", "standard", "quick, standard or long.")
+ONLY = flags.DEFINE_string("only", "", "Pattern of cells, such as chunked/causal/.*")
 PEER = flags.DEFINE_string("peer", "", "training: also measure the model in this library (timm).")
 DATA = flags.DEFINE_bool("data", True, "training: also measure the data pipeline alone.")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "Time for each comparison.")
-OUT = flags.DEFINE_string("out", "", "attention: folder; training: JSON-lines file to append to.")
+OUT = flags.DEFINE_string("out", "", "Folder; training: JSON-lines file to append to.")
 TUNE = flags.DEFINE_bool("tune", False, "attention: find the fastest tiles instead.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "attention: list the cells, measure nothing.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the cells, measure nothing.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
 
 
@@ -36,64 +37,63 @@ def main() -> None:
 
     if SUITE.value not in SUITES:
         raise RecipeError(f"--suite={SUITE.value}: {registry.nearest(SUITE.value or '', SUITES)}")
-    {"attention": attention, "training": training}[SUITE.value]()
+    if TUNE.value and SUITE.value != "attention":
+        raise RecipeError(f"--tune: suite {SUITE.value} has no tiles")
+    if SUITE.value == "training":
+        training()
+    elif SUITE.value == "mixers" and CONFIG.value.model:
+        contexts()
+    else:
+        cells(importlib.import_module(f"attnjax.benchmarks.{CELLS[SUITE.value]}"))
 
 
-def attention() -> None:
-    """Run the attention suite."""
-    from attnjax.benchmarks import attention as suite
-    from attnjax.benchmarks import tune as tuner
-    from attnjax.benchmarks.figures import draw_attention
-
+def cells(suite) -> None:
+    """Run a suite of cells."""
     try:
         cases = suite.grid(SHAPES.value, ONLY.value)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if DRY_RUN.value:
-        print("\n".join(suite.cell(name, case) for case, names in cases for name in names))
+        print("\n".join(suite.names(cases)))
         return
-    if not OUT.value:
-        raise RecipeError("--out is missing: the folder for the files of results")
-    folder = pathlib.Path(OUT.value)
-    table = _writable(str(folder / ("tuning.json" if TUNE.value else "results.csv")))
-    command.start_devices("", 0, -1, CPU_DEVICES.value)
-    say = lambda line: print(line, file=sys.stderr, flush=True)
+    table = start("tuning.json" if TUNE.value else "results.csv")
     if TUNE.value:
-        print(tuner.render(tuner.tune(cases, table, budget=SECONDS.value, say=say), table))
+        tuner = importlib.import_module("attnjax.benchmarks.tune")
+        print(tuner.render(tuner.tune(cases, table, budget=SECONDS.value, say=command.say), table))
         return
-    rows = suite.run(cases, table, budget=SECONDS.value, say=say)
-    draw_attention(rows, folder / "results.png")
+    rows = suite.run(cases, table, budget=SECONDS.value, say=command.say)
+    suite.draw(rows, table.with_suffix(".png"))
     print(suite.render(rows))
+
+
+def contexts() -> None:
+    """Train a recipe over lengths of context."""
+    recipe = CONFIG.value.validate()
+    table = start("context.jsonl")
+    sweep = importlib.import_module("attnjax.train.context_sweep")
+    records = sweep.run(recipe, SHAPES.value, table, seconds=SECONDS.value, say=command.say)
+    sweep.draw(records, table.with_suffix(".png"))
+    print(sweep.render(records))
 
 
 def training() -> None:
     """Run the training suite."""
-    recipe = CONFIG.value
-    if not recipe.model:
-        from attnjax.recipe import available
-
+    if not CONFIG.value.model:
         raise RecipeError("--config is missing; recipes: " + ", ".join(available()))
-    recipe.validate()
-    out = _writable(OUT.value)
-    command.start_devices("", 0, -1, CPU_DEVICES.value)
+    recipe = CONFIG.value.validate()
+    out = start("")
     from attnjax.train.throughput import measure, render
 
     record = measure(recipe, peer=PEER.value, with_data=DATA.value, seconds=SECONDS.value)
-    if out:
-        with out.open("a") as file:
-            file.write(json.dumps({"suite": "training", **record}) + "\n")
+    command.append(out, {"suite": "training", **record})
     print(render(record))
 
 
-def _writable(path):
-    if not path:
-        return None
-    try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(path).open("a").close()
-    except OSError as error:
-        raise RecipeError(f"--out: {path} cannot be written: {error}") from error
-    return pathlib.Path(path)
+def start(name: str) -> pathlib.Path | None:
+    """Return the file of results in --out (or --out itself), and start the devices."""
+    path = command.writable(OUT.value, name)
+    command.start_devices("", 0, -1, CPU_DEVICES.value)
+    return path
 
 
 if __name__ == "__main__":

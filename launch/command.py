@@ -2,8 +2,10 @@
 """What the launchers share: the `--config` flag and one-line errors with documented exit codes."""
 
 import contextlib
+import json
 import logging
 import os
+import pathlib
 import sys
 import threading
 import traceback
@@ -120,6 +122,44 @@ def _leave(code: int) -> None:
 def _shut_down(jax) -> None:
     with contextlib.suppress(Exception):
         jax.distributed.shutdown()
+
+
+def say(line: str) -> None:
+    """Tell about progress on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def writable(out: str, name: str = "") -> pathlib.Path | None:
+    """Return a file of results after checking that it can be appended to.
+
+    Args:
+      out: a folder, or the file itself if no name is given; may then be empty.
+      name: of the file in that folder.
+
+    Returns:
+      The file; None if neither is given.
+
+    Raises:
+      RecipeError: the folder is missing, or the file cannot be written.
+    """
+    if not out and name:
+        raise RecipeError("--out is missing: the folder for the files of results")
+    if not out:
+        return None
+    path = pathlib.Path(out, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise RecipeError(f"--out: {path} cannot be written: {error}") from error
+    return path
+
+
+def append(path: pathlib.Path | None, record: dict) -> None:
+    """Append a record to a JSON-lines file, if there is one."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def start_devices(coordinator: str, process_count: int, process_id: int, cpu_devices: int) -> None:

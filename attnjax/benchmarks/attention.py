@@ -7,7 +7,6 @@ a value of its cell. Results are appended to a CSV file case by case, and cells 
 already holds are not measured again.
 """
 
-import csv
 import dataclasses
 import os
 import pathlib
@@ -18,8 +17,13 @@ from typing import Any
 
 import jax
 
+from attnjax.benchmarks import table
 from attnjax.benchmarks.contestants import CONTESTANTS, MASKS, Case, Torch, with_backward
+from attnjax.benchmarks.figures import draw_attention as draw
 from attnjax.timing import Timing, alternate
+
+__all__ = ["FIELDS", "SHAPES", "cell", "draw", "grid", "measure", "names", "read", "render",
+           "row_cell", "run"]  # fmt: skip
 
 # b, t, n, k, h
 SHAPES = {
@@ -82,6 +86,11 @@ def cell(contestant: str, case: Case) -> str:
     return f"{contestant}/{case.mask}/{case.dtype}/{size}/{case.direction}"
 
 
+def names(cases: Iterable[tuple[Case, Sequence[str]]]) -> list[str]:
+    """Return the names of all cells of `grid`'s cases."""
+    return [cell(name, case) for case, contestants in cases for name in contestants]
+
+
 def run(
     cases: Iterable[tuple[Case, Sequence[str]]],
     path: pathlib.Path,
@@ -108,7 +117,7 @@ def run(
             if not missing:
                 continue
             fresh = measure(case, missing, torch, budget)
-            _append(path, fresh)
+            table.append(path, FIELDS, fresh)
             rows += fresh
             times = ", ".join(
                 f"{r['contestant']} {r['median_ms']} ms" for r in fresh if r["status"] == "ok"
@@ -197,13 +206,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: the file has other columns.
     """
-    if not path.exists() or not path.stat().st_size:
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != FIELDS:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, expected {list(FIELDS)}")
-        return list(reader)
+    return table.read(path, FIELDS)
 
 
 def row_cell(row: dict[str, Any]) -> str:
@@ -211,16 +214,6 @@ def row_cell(row: dict[str, Any]) -> str:
     numbers = {name: int(row[name]) for name in "btnkh"}
     case = Case(row["mask"], row["dtype"], direction=row["direction"], **numbers)
     return cell(row["contestant"], case)
-
-
-def _append(path, rows):
-    is_new = not path.exists() or not path.stat().st_size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
