@@ -69,12 +69,40 @@ def test_model_files_export_the_contract(system):
     assert hasattr(module, "TORCH_NAMES")
 
 
+@pytest.mark.parametrize(
+    "system", [s for s in registry.SYSTEMS.values() if s.kind != "model"], ids=lambda s: s.slug
+)
+def test_homes_of_other_kinds_name_their_paper_in_the_docstring(system):
+    module = model_module(system)
+    assert module.PAPER["id"].removeprefix("arXiv:") in inspect.getdoc(module)
+    assert module.PAPER["claim"].endswith(".")
+    assert callable(getattr(module, system.target.partition(":")[2]))
+
+
+@pytest.mark.parametrize("name", registry.MODELS)
+def test_models_of_other_systems_keep_the_contract_of_models(name):
+    from attnjax.recipe import check_arguments
+
+    model = registry.resolve("model", name)
+    module = inspect.getmodule(model)
+    fields = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
+    assert len(fields) <= FIELDS
+    assert {"dtype", "remat", "attention_implementation"} <= set(fields)
+    for method in ("example", "flops", "attention_maps"):
+        assert callable(getattr(model, method))
+    assert set(module.PAPER) == PAPER_KEYS
+    assert module.PRESETS and hasattr(module, "Output") and hasattr(module, "TORCH_NAMES")
+    for preset, overrides in module.PRESETS.items():
+        check_arguments(model, overrides, preset)
+    assert name not in registry.SYSTEMS
+
+
 def test_catalogue_agrees_with_the_modules():
     for row in catalog.rows():
         module = model_module(registry.system(row.slug))
-        assert row.presets == tuple(module.PRESETS)
+        assert row.presets == tuple(getattr(module, "PRESETS", ()))
         assert module.PAPER["id"] in row.paper
-        assert ("weight map" in row.status) == bool(module.TORCH_NAMES)
+        assert ("weight map" in row.status) == bool(getattr(module, "TORCH_NAMES", None))
 
 
 def test_unknown_names_are_refused_with_the_nearest_one():

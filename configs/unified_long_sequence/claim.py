@@ -16,7 +16,7 @@ NEEDLE = "configs/unified_long_sequence/needle.py"
 SPAN = 8
 
 LIMITED = {"window_2": 2, "window_4": 4}
-FULL = ("window_8", "softmax", "convolution", "s4d")
+FULL = ("window_8", "convolution", "s4d")
 CEILINGS = {"context_4": 0.5, "context_16": 0.75, "context_64": 1.0}
 
 

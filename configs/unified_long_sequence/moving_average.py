@@ -10,7 +10,8 @@ Run:     python -m launch.train --config=configs/unified_long_sequence/moving_av
          --workdir=DIR
 Data:    generated, no network
 Cost:    ten seconds on two CPU cores
-Expect:  test/squared_error within 10 % of the floor for the windows, below 0.00625 for the others
+Expect:  test/squared_error within 10 % of the floor for the windows, below 0.00625 for window_8,
+         convolution and s4d; softmax attention learns slowly where to look (0.012 measured)
 """
 
 from attnjax.errors import RecipeError

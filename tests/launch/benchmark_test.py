@@ -2,6 +2,7 @@
 """launch.benchmark measures what it says and refuses early."""
 
 import json
+import tempfile
 
 import pytest
 
@@ -15,6 +16,18 @@ import pytest
         (("--suite=attention",), "--out is missing"),
         (("--suite=attention", "--only=nobody"), "matches no cell"),
         (("--suite=attention", "--shapes=hug"), "choose from"),
+        (("--suite=mixers",), "--out is missing"),
+        (("--suite=mixers", "--only=nobody"), "matches no cell"),
+        (("--suite=mixers", "--tune"), "suite mixers has no tiles"),
+        (
+            (
+                "--suite=mixers",
+                "--config=configs/unified_long_sequence/needle.py",
+                "--shapes=quik",
+                f"--out={tempfile.gettempdir()}",
+            ),
+            "did you mean 'quick'",
+        ),
         (
             ("--suite=training", "--config=configs/crossvit/smoke.py", "--out=/proc/none/x"),
             "cannot be written",
@@ -53,3 +66,12 @@ def test_dry_run_lists_the_cells(launch):
     done = launch("benchmark", "--suite=attention", "--dry_run", "--only=^chunked/full/.*/forward")
     assert done.returncode == 0, done.stderr
     assert "chunked/full/bfloat16/1x2048x8x8x64/forward" in done.stdout.splitlines()
+
+
+def test_mixers_suite(launch, tmp_path):
+    only = "--only=^(fnet|window)/256/forward"
+    done = launch("benchmark", "--suite=mixers", "--shapes=quick", only, f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "fnet forward" in done.stdout and "window/256/forward: " in done.stderr
+    assert (tmp_path / "results.png").stat().st_size > 0
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
