@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> Recipe:
     source = {"name": "needle", "length": LENGTH, "context": context, "classes": CLASSES}
     return Recipe(
         seed=0,
-        steps=200,
+        steps=400,
         batch=64,
         model={
             "name": "sequence_mixer",
@@ -53,6 +53,6 @@ def get_config(variant: str = "") -> Recipe:
             "test": Evaluation(data=Data(source={**source, "split": "test", "size": 2_048}),
                                batch=512)
         },
-        checkpoint=Checkpoint(every=200, keep=1, best="test/accuracy"),
+        checkpoint=Checkpoint(every=400, keep=1, best="test/accuracy"),
         report=Report(every=100, samples=0),
     )  # fmt: skip

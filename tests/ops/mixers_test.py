@@ -212,8 +212,10 @@ def test_diagonals_are_constant(case):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_full_window_is_softmax_attention(is_causal):
     full, params, x = made("softmax causal" if is_causal else "softmax")
-    window = mixers.make("window", window=T, causal=is_causal)
-    np.testing.assert_allclose(window.apply(params, x), full.apply(params, x), rtol=0, atol=EXACT)
+    window = mixers.make("window", window=T, causal=is_causal, rotary=full.rotary)
+    np.testing.assert_allclose(
+        jit(window.apply)(params, x), jit(full.apply)(params, x), rtol=0, atol=EXACT
+    )
 
 
 @pytest.mark.parametrize("kernel", ["linear", "polynomial", "cosine"])
