@@ -43,6 +43,12 @@ SYSTEMS = {
             "LongCA-bench: masks x kernels x context-parallel attentions",
             "attnjax.benchmarks.long_context.grid:Grid",
         ),
+        System(
+            "unified_long_sequence",
+            "benchmark",
+            "Unified view of long-sequence models: token mixers, context sweeps, speed and memory",
+            "attnjax.benchmarks.long_sequence:run",
+        ),
     )
 }
 
@@ -51,9 +57,16 @@ BACKBONES = {
 }
 """Networks that systems and recipes start from; no paper of their own."""
 
+MODELS = {
+    "sequence_mixer": "attnjax.models.sequence_mixer:SequenceMixer",
+}
+"""Models that belong to a system of another kind."""
+
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
     "language": "attnjax.tasks.language:LanguageModelling",
+    "next_token": "attnjax.tasks.sequence:NextToken",
+    "position_regression": "attnjax.tasks.sequence:PositionRegression",
 }
 
 SOURCES = {
@@ -65,6 +78,17 @@ SOURCES = {
     "markov_text": "attnjax.data.text:MarkovText",
     "text_files": "attnjax.data.text:TextFiles",
     "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
+    "digit_sequences": "attnjax.data.lra:DigitSequences",
+    "listops": "attnjax.data.sequences:ListOps",
+    "lra_image": "attnjax.data.lra:LraImage",
+    "lra_listops": "attnjax.data.lra:LraListOps",
+    "lra_pathfinder": "attnjax.data.lra:LraPathfinder",
+    "lra_retrieval": "attnjax.data.lra:LraRetrieval",
+    "lra_text": "attnjax.data.lra:LraText",
+    "moving_average": "attnjax.data.sequences:MovingAverage",
+    "needle": "attnjax.data.sequences:Needle",
+    "pathfinder": "attnjax.data.sequences:Pathfinder",
+    "text_bytes": "attnjax.data.lra:TextBytes",
 }
 
 PIPELINES = {
@@ -82,6 +106,7 @@ TABLES = {
     "model": {
         **{slug: system.target for slug, system in SYSTEMS.items() if system.kind == "model"},
         **BACKBONES,
+        **MODELS,
     },
     "task": TASKS,
     "source": SOURCES,

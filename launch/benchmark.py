@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure speed: python -m launch.benchmark --suite=attention --out=DIR
-(or long_context, scale_factor), or --suite=training --config=FILE [--peer=timm]
+"""Measure speed: python -m launch.benchmark --suite=attention|long_context|mixers|scale_factor
+--out=DIR, or --suite=training --config=FILE [--peer=timm]
 
 attention: implementations and installed peers in turns; results.csv (resumable) and results.png.
-long_context: LongCA-bench, kernels and context-parallel attentions; likewise, and its own tables.
-scale_factor: what tiling and devices each do for time and length; results.csv.
 With --tune: tile sizes of our implementations in turns; tuning.json, see attnjax/ops/tuning.py.
+long_context: LongCA-bench, kernels and context-parallel attentions; likewise, and its own tables.
+mixers: token mixers over length, likewise; with --config: the recipe trained over context.
+scale_factor: what tiling and devices each do for time and length; results.csv.
 training: a recipe's step and forward pass, its data pipeline, and a peer in turns.
-Progress goes to stderr, a table to stdout.
 """
 
 import importlib
-import json
 import pathlib
-import sys
 
 from absl import flags
 
 from attnjax.errors import RecipeError
+from attnjax.recipe import available
 from launch import command
 
-GRIDS = {
-    "attention": "attnjax.benchmarks.attention",
-    "long_context": "attnjax.benchmarks.long_context.suite",
-    "scale_factor": "attnjax.benchmarks.scale_factor",
+CELLS = {
+    "attention": "attention",
+    "long_context": "long_context.suite",
+    "mixers": "long_sequence",
+    "scale_factor": "scale_factor",
 }
-SUITES = (*GRIDS, "training")
+SUITES = (*CELLS, "training")
 CONFIG = command.define_config()
 SUITE = flags.DEFINE_string("suite", None, "What to measure: " + ", ".join(SUITES) + ".")
 SHAPES = flags.DEFINE_string("shapes", "standard", "Name of a grid, such as quick or standard.")
@@ -44,54 +44,63 @@ def main() -> None:
 
     if SUITE.value not in SUITES:
         raise RecipeError(f"--suite={SUITE.value}: {registry.nearest(SUITE.value or '', SUITES)}")
-    training() if SUITE.value == "training" else cells()
-
-
-def cells() -> None:
-    """Run a suite of cells."""
-    from attnjax.benchmarks import tune as tuner
-
-    suite = importlib.import_module(GRIDS[SUITE.value])
     if TUNE.value and SUITE.value != "attention":
-        raise RecipeError("--tune belongs to --suite=attention")
+        raise RecipeError(f"--tune: suite {SUITE.value} has no tiles")
+    if SUITE.value == "training":
+        training()
+    elif SUITE.value == "mixers" and CONFIG.value.model:
+        contexts()
+    else:
+        cells(importlib.import_module(f"attnjax.benchmarks.{CELLS[SUITE.value]}"))
+
+
+def cells(suite) -> None:
+    """Run a suite of cells."""
     try:
         cases = suite.grid(SHAPES.value, ONLY.value)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if DRY_RUN.value:
-        print("\n".join(suite.cell(name, case) for case, names in cases for name in names))
+        print("\n".join(suite.names(cases)))
         return
-    if not OUT.value:
-        raise RecipeError("--out is missing: the folder for the files of results")
-    folder = pathlib.Path(OUT.value)
-    table = command.writable(str(folder / ("tuning.json" if TUNE.value else "results.csv")))
-    command.start_devices("", 0, -1, CPU_DEVICES.value)
-    say = lambda line: print(line, file=sys.stderr, flush=True)
+    table = start("tuning.json" if TUNE.value else "results.csv")
     if TUNE.value:
-        print(tuner.render(tuner.tune(cases, table, budget=SECONDS.value, say=say), table))
+        tuner = importlib.import_module("attnjax.benchmarks.tune")
+        print(tuner.render(tuner.tune(cases, table, budget=SECONDS.value, say=command.say), table))
         return
-    rows = suite.run(cases, table, budget=SECONDS.value, say=say)
-    suite.draw(rows, folder)
+    rows = suite.run(cases, table, budget=SECONDS.value, say=command.say)
+    suite.draw(rows, table.with_suffix(".png"))
     print(suite.render(rows))
+
+
+def contexts() -> None:
+    """Train a recipe over lengths of context."""
+    recipe = CONFIG.value.validate()
+    table = start("context.jsonl")
+    sweep = importlib.import_module("attnjax.train.context_sweep")
+    records = sweep.run(recipe, SHAPES.value, table, seconds=SECONDS.value, say=command.say)
+    sweep.draw(records, table.with_suffix(".png"))
+    print(sweep.render(records))
 
 
 def training() -> None:
     """Run the training suite."""
-    recipe = CONFIG.value
-    if not recipe.model:
-        from attnjax.recipe import available
-
+    if not CONFIG.value.model:
         raise RecipeError("--config is missing; recipes: " + ", ".join(available()))
-    recipe.validate()
-    out = command.writable(OUT.value)
-    command.start_devices("", 0, -1, CPU_DEVICES.value)
+    recipe = CONFIG.value.validate()
+    out = start("")
     from attnjax.train.throughput import measure, render
 
     record = measure(recipe, peer=PEER.value, with_data=DATA.value, seconds=SECONDS.value)
-    if out:
-        with out.open("a") as file:
-            file.write(json.dumps({"suite": "training", **record}) + "\n")
+    command.append(out, {"suite": "training", **record})
     print(render(record))
+
+
+def start(name: str) -> pathlib.Path | None:
+    """Return the file of results in --out (or --out itself), and start the devices."""
+    path = command.writable(OUT.value, name)
+    command.start_devices("", 0, -1, CPU_DEVICES.value)
+    return path
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """What the launchers share: the `--config` flag and one-line errors with documented exit codes."""
 
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -123,6 +124,44 @@ def _shut_down(jax) -> None:
         jax.distributed.shutdown()
 
 
+def say(line: str) -> None:
+    """Tell about progress on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def writable(out: str, name: str = "") -> pathlib.Path | None:
+    """Return a file of results after checking that it can be appended to.
+
+    Args:
+      out: a folder, or the file itself if no name is given; may then be empty.
+      name: of the file in that folder.
+
+    Returns:
+      The file; None if neither is given.
+
+    Raises:
+      RecipeError: the folder is missing, or the file cannot be written.
+    """
+    if not out and name:
+        raise RecipeError("--out is missing: the folder for the files of results")
+    if not out:
+        return None
+    path = pathlib.Path(out, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise RecipeError(f"--out: {path} cannot be written: {error}") from error
+    return path
+
+
+def append(path: pathlib.Path | None, record: dict) -> None:
+    """Append a record to a JSON-lines file, if there is one."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
 def start_devices(coordinator: str, process_count: int, process_id: int, cpu_devices: int) -> None:
     """Set the number of virtual CPU devices and join the processes.
 
@@ -137,19 +176,3 @@ def start_devices(coordinator: str, process_count: int, process_id: int, cpu_dev
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     initialise(coordinator, process_count, process_id)
-
-
-def writable(path: str) -> pathlib.Path | None:
-    """Return the file of --out after making its folder and the file; None for an empty path.
-
-    Raises:
-      RecipeError: it cannot be written.
-    """
-    if not path:
-        return None
-    try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(path).open("a").close()
-    except OSError as error:
-        raise RecipeError(f"--out: {path} cannot be written: {error}") from error
-    return pathlib.Path(path)

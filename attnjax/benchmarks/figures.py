@@ -146,3 +146,49 @@ def draw_balance(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return True
+
+
+def draw_mixers(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
+    """Draw time and temporary memory over length, one line per mixer, a row per direction.
+
+    Args:
+      rows: rows of the benchmark of mixers.
+      path: PNG file to write.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    rows = [row for row in rows if row["status"] == "ok"]
+    if not rows:
+        return False
+    import matplotlib.figure
+
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    names = list(dict.fromkeys(row["mixer"] for row in rows))
+    figure = matplotlib.figure.Figure((11, 3.2 * len(directions) + 0.5), layout="constrained")
+    grid = figure.subplots(len(directions), 2, squeeze=False, sharex=True)
+    for line, direction in zip(grid, directions, strict=True):
+        for axes, (field, label) in zip(
+            line, (("median_ms", "ms"), ("temporary_bytes", "temporary bytes")), strict=True
+        ):
+            for i, name in enumerate(names):
+                points = sorted(
+                    (int(r["length"]), max(1.0, float(r[field])) if field != "median_ms" else
+                     float(r[field]))
+                    for r in rows if r["mixer"] == name and r["direction"] == direction
+                )  # fmt: skip
+                if points:
+                    style = ("-", "--", ":")[i // 10 % 3]
+                    axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3,
+                              color=f"C{i % 10}", label=name, linewidth=1.2)  # fmt: skip
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_title(f"{direction}: {label}", fontsize=9)
+            axes.tick_params(labelsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens", fontsize=8)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=7, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return True

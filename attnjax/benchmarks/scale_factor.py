@@ -11,7 +11,6 @@ memory per device. Only what was measured here is said: the "almost 40x with fou
 abstract of arXiv 2302.06218 is not this benchmark's claim.
 """
 
-import csv
 import dataclasses
 import functools
 import os
@@ -23,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from attnjax.benchmarks import turns
 from attnjax.benchmarks.contestants import MASKS, Function, with_backward
 from attnjax.benchmarks.contestants import Case as Shape
 from attnjax.ops import attention
@@ -128,7 +128,7 @@ def run(
     Raises:
       ValueError: the file has other columns.
     """
-    rows = _read(path)
+    rows = turns.read(path, FIELDS)
     known = {row_cell(row) for row in rows}
     for case, names in cases:
         if missing := [name for name in names if cell(name, case) not in known]:
@@ -136,7 +136,7 @@ def run(
                 fresh = find_longest(case, missing)
             else:
                 fresh = measure_time(case, missing, budget)
-            _append(path, fresh)
+            turns.append(path, FIELDS, fresh)
             rows += fresh
             found = ", ".join(f"{row['contestant']} {_show(row)}" for row in fresh)
             say(f"{cell('', case)[1:]}: {found}")
@@ -273,28 +273,15 @@ def row_cell(row: dict[str, Any]) -> str:
     return cell(row["contestant"], Case(row["quantity"], shape, int(row["limit_bytes"])))
 
 
-def _read(path):
-    if not path.exists() or not path.stat().st_size:
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != FIELDS:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, expected {list(FIELDS)}")
-        return list(reader)
+def names(cases: Iterable[tuple[Case, Sequence[str]]]) -> list[str]:
+    """Return the names of all cells."""
+    return [cell(name, case) for case, chosen in cases for name in chosen]
 
 
-def _append(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if not path.stat().st_size:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def draw(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
+def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
     """Draw nothing: the table says it all."""
-    return []
+    del rows, path
+    return False
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:

@@ -29,7 +29,7 @@ class InformationExchange:
     num_classes = 2
 
     def __init__(self, split: str = "train", seed: int = 0, size: int = 131_072):
-        self._stream, self._seed, self._size = _stream(split, seed, size)
+        self._stream, self._seed, self._size = stream(split, seed, size)
         self._fine = np.sin(9 * np.linspace(-1, 1, 48)).astype(np.float32)
         self._coarse = np.sin(7 * np.linspace(1, -1, 192)).astype(np.float32)
 
@@ -73,7 +73,7 @@ class InformationExchangeImages:
     ):
         if pixels < 12 or pixels % 12:
             raise RecipeError(f"source.pixels={pixels}: must be a positive multiple of 12")
-        self._stream, self._seed, self._size = _stream(split, seed, size)
+        self._stream, self._seed, self._size = stream(split, seed, size)
         self._pixels, self._noise = pixels, noise
         cell = np.arange(12) // 2
         self._checker = 1.0 - 2.0 * ((cell[:, None] + cell[None, :]) % 2)
@@ -117,7 +117,7 @@ class SyntheticImages:
     ):
         if pixels < 1 or classes < 1:
             raise RecipeError("source.pixels and source.classes must be at least 1")
-        self._stream, self._seed, self._size = _stream(split, seed, size)
+        self._stream, self._seed, self._size = stream(split, seed, size)
         self._pixels, self.num_classes = pixels, classes
 
     def __len__(self) -> int:
@@ -133,7 +133,12 @@ class SyntheticImages:
         return {"image": image, "label": np.int32(label)}
 
 
-def _stream(split, seed, size):
+def stream(split: str, seed: int, size: int) -> tuple[int, int, int]:
+    """Return the random stream of a split, the seed as numpy takes it, and the size.
+
+    Raises:
+      RecipeError: the split is unknown or the size below 1.
+    """
     check_split(split, tuple(_STREAMS))
     if size < 1:
         raise RecipeError(f"source.size={size}: must be at least 1")

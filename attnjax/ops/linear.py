@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention in linear time by positive random features (Performer).
+"""Attention in linear time: weights that are products of features, random ones among them.
 
-Choromanski et al., "Rethinking Attention with Performers", arXiv 2009.14794, Eq. 5 and Lemma 1.
+    weights[t, s] = phi(q_t) . phi(k_s) / sum_s phi(q_t) . phi(k_s)
+
+`feature_attention` takes the features; `positive_features` are those of Performers (Choromanski et
+al., "Rethinking Attention with Performers", arXiv 2009.14794, Eq. 5 and Lemma 1),
+`cosine_weighted` those of cosFormer (Qin et al., arXiv 2202.08791, Eq. 10).
 """
 
 import math
@@ -36,12 +40,37 @@ def orthogonal_projection(key: PRNGKey, features: int, head_dim: int) -> Array:
     return rows * math.sqrt(features)
 
 
-def positive_features(x: Array, projection: Array) -> Array:
-    """Return phi(x) = exp(W x - |x|^2 / 2) / sqrt(m), all positive.
+def gaussian_projection(key: PRNGKey, features: int, head_dim: int) -> Array:
+    """Draw as many directions as wanted: orthogonal in blocks of h, of a normal vector's length.
+
+    Every row alone is a standard normal vector, so that the features estimate exp(q . k) without
+    bias; that the rows of a block are orthogonal lowers the variance (Section 2.4).
+
+    Args:
+      key: typed random key.
+      features: m, number of directions.
+      head_dim: h, width of queries and keys.
+
+    Returns:
+      `[m, h]` float32.
+    """
+    blocks = -(-features // head_dim)
+    direction_key, length_key = jax.random.split(key)
+    draw = lambda k: jax.random.orthogonal(k, head_dim, dtype=jnp.float32)
+    rows = jax.vmap(draw)(jax.random.split(direction_key, blocks)).reshape(-1, head_dim)
+    normal = jax.random.normal(length_key, (blocks * head_dim, head_dim), jnp.float32)
+    return (rows * jnp.linalg.norm(normal, axis=-1, keepdims=True))[:features]
+
+
+def positive_features(x: Array, projection: Array, *, shift_axes: tuple[int, ...] = ()) -> Array:
+    """Return phi(x) = exp(W x - |x|^2 / 2 - shift) / sqrt(m), all positive.
 
     Args:
       x: `[b, t, n, h]`.
       projection: W, `[m, h]`.
+      shift_axes: axes of `[b, t, n, m]` over which the largest exponent is subtracted, so that it
+        cannot overflow; a factor of a query's features (axis 3), or of all keys' (axes 1 and 3),
+        cancels in the weights. Axis 1 lets a feature know of later positions by rounding alone.
 
     Returns:
       `[b, t, n, m]` float32.
@@ -49,7 +78,107 @@ def positive_features(x: Array, projection: Array) -> Array:
     x_btnh = x.astype(jnp.float32)
     scores_btnm = jnp.einsum("btnh,mh->btnm", x_btnh, projection)
     norms_btn1 = jnp.sum(x_btnh * x_btnh, axis=-1, keepdims=True) / 2
-    return jnp.exp(scores_btnm - norms_btn1) / math.sqrt(projection.shape[0])
+    exponent_btnm = scores_btnm - norms_btn1
+    if shift_axes:
+        shift = exponent_btnm.max(axis=shift_axes, keepdims=True)
+        exponent_btnm = exponent_btnm - jax.lax.stop_gradient(shift)
+    return jnp.exp(exponent_btnm) / math.sqrt(projection.shape[0])
+
+
+def cosine_weighted(features: Array, span: int) -> Array:
+    """Return features whose products are weighted by cos(pi (t - s) / (2 span)), as in cosFormer.
+
+    [f_t sin(pi t / (2 span)), f_t cos(pi t / (2 span))],  t = 1, 2, ...
+
+    Args:
+      features: `[b, t, n, m]` non-negative, such as the ReLU of queries or keys.
+      span: M, at least the longer of both lengths.
+
+    Returns:
+      `[b, t, n, 2 m]` float32.
+
+    Raises:
+      ValueError: there are more positions than the span.
+    """
+    t = features.shape[1]
+    if t > span:
+        raise ValueError(f"span={span} is shorter than the {t} positions")
+    angle_t11 = (jnp.arange(1, t + 1, dtype=jnp.float32) * (math.pi / (2 * span)))[:, None, None]
+    features = features.astype(jnp.float32)
+    return jnp.concatenate([features * jnp.sin(angle_t11), features * jnp.cos(angle_t11)], axis=-1)
+
+
+def feature_attention(
+    query_features: Array,
+    key_features: Array,
+    value: Array,
+    *,
+    is_causal: bool = False,
+    epsilon: float = 1e-8,
+    floor: float = 0.0,
+    chunk: int = 128,
+) -> Array:
+    """Attend with weights phi(q) . phi(k), normalised, in time and memory linear in t and s.
+
+    out_t = phi(q_t) (sum_s phi(k_s) v_s^T) / (max(phi(q_t) . sum_s phi(k_s), floor) + epsilon)
+
+    where s runs over all keys, or to t if causal. A key whose features are zero does not exist.
+
+    Args:
+      query_features: `[b, t, n, m]`.
+      key_features: `[b, s, n, m]`.
+      value: `[b, s, n, h]`.
+      is_causal: a query sees the keys up to its own position; t and s are equal.
+      epsilon: keeps the division finite.
+      floor: smallest denominator.
+      chunk: positions handled at once by the causal form.
+
+    Returns:
+      `[b, t, n, h]` float32.
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    b, t, n, m = query_features.shape
+    s, h = value.shape[1], value.shape[3]
+    if key_features.shape != (b, s, n, m) or value.shape[::2] != (b, n) or (is_causal and t != s):
+        raise ValueError(
+            f"query features {query_features.shape}, key features {key_features.shape} and value "
+            f"{value.shape} do not fit (causal: {is_causal})"
+        )
+    query_btnm, key_bsnm, value_bsnh = (
+        x.astype(jnp.float32) for x in (query_features, key_features, value)
+    )
+    if not is_causal:
+        summary_bnmh = jnp.einsum("bsnm,bsnh->bnmh", key_bsnm, value_bsnh)
+        total_btn = jnp.einsum("btnm,bnm->btn", query_btnm, key_bsnm.sum(axis=1))
+        out_btnh = jnp.einsum("btnm,bnmh->btnh", query_btnm, summary_bnmh)
+        return out_btnh / (jnp.maximum(total_btn, floor)[..., None] + epsilon)
+    size = min(chunk, t)
+    pad = ((0, 0), (0, -t % size), (0, 0), (0, 0))
+    parts = [
+        jnp.moveaxis(jnp.pad(x, pad).reshape(b, -1, size, n, x.shape[3]), 1, 0)
+        for x in (query_btnm, key_bsnm, value_bsnh)
+    ]
+    is_past = jnp.tril(jnp.ones((size, size), bool))
+
+    def step(carry, part):
+        summary_bnmh, total_bnm = carry
+        query, key, value = part
+        scores_bnts = jnp.einsum("btnm,bsnm->bnts", query, key) * is_past
+        out_btnh = jnp.einsum("bnts,bsnh->btnh", scores_bnts, value)
+        out_btnh += jnp.einsum("btnm,bnmh->btnh", query, summary_bnmh)
+        total_btn = jnp.moveaxis(scores_bnts.sum(axis=-1), 1, 2)
+        total_btn += jnp.einsum("btnm,bnm->btn", query, total_bnm)
+        carry = (
+            summary_bnmh + jnp.einsum("bsnm,bsnh->bnmh", key, value),
+            total_bnm + key.sum(axis=1),
+        )
+        return carry, out_btnh / (jnp.maximum(total_btn, floor)[..., None] + epsilon)
+
+    start = (jnp.zeros((b, n, m, h), jnp.float32), jnp.zeros((b, n, m), jnp.float32))
+    _, out = jax.lax.scan(step, start, tuple(parts))
+    return jnp.moveaxis(out, 0, 1).reshape(b, -1, n, h)[:, :t]
 
 
 def linear_attention(
@@ -80,7 +209,4 @@ def linear_attention(
         )
     query_btnm = positive_features(query, projection)
     key_bsnm = positive_features(key, projection)
-    summary_bnmh = jnp.einsum("bsnm,bsnh->bnmh", key_bsnm, value.astype(jnp.float32))
-    total_btn = jnp.einsum("btnm,bnm->btn", query_btnm, key_bsnm.sum(axis=1))
-    out_btnh = jnp.einsum("btnm,bnmh->btnh", query_btnm, summary_bnmh)
-    return (out_btnh / (total_btn[..., None] + epsilon)).astype(query.dtype)
+    return feature_attention(query_btnm, key_bsnm, value, epsilon=epsilon).astype(query.dtype)

@@ -3,6 +3,7 @@
 
 from attnjax.tasks.classification import Classification
 from attnjax.tasks.language import LanguageModelling
+from attnjax.tasks.sequence import NextToken, PositionRegression
 from attnjax.tasks.task import Task
 
-__all__ = ["Classification", "LanguageModelling", "Task"]
+__all__ = ["Classification", "LanguageModelling", "NextToken", "PositionRegression", "Task"]

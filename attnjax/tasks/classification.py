@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Single-label classification: soft-target cross entropy, mixing, accuracy and confusion."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,21 +12,21 @@ from attnjax.errors import RecipeError
 from attnjax.losses import cross_entropy, soft_targets
 from attnjax.metrics import Accuracy, ConfusionMatrix, Mean, Metric, TopK
 from attnjax.tasks.mixing import mix
+from attnjax.tasks.model_task import ModelTask
 from attnjax.typing import Array, Batch, Params, PRNGKey
 
 CONFUSION_CLASSES = 100
 """Up to this many classes the confusion matrix is kept; beyond, nobody reads it."""
 
-TRAIN_TO_FORWARD = 3.0
-"""The backward pass does twice the forward work; recomputation does not count as useful work."""
 
-
-class Classification:
+class Classification(ModelTask):
     """Classification of `label` from the arrays that the model names.
 
     The batch holds the model's inputs, `label [b]` int32 and, in evaluation, `valid [b]` bool.
     Mixing needs one of the inputs to be called `image`.
     """
+
+    targets = ("label",)
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class Classification:
         ):
             if not fine:
                 raise RecipeError(f"task.{name}={value!r} is out of range")
-        self.model = model
+        super().__init__(model)
         self.label_smoothing = label_smoothing
         self.mixing = {
             "mixup": mixup,
@@ -74,7 +73,6 @@ class Classification:
             "switch_probability": switch_probability,
         }
         self.top_k = top_k
-        self._model_inputs = tuple(model.example(1))
         self._is_mixing = (mixup > 0 or cutmix > 0) and mix_probability > 0
         if self._is_mixing and "image" not in self._model_inputs:
             raise RecipeError(
@@ -82,25 +80,10 @@ class Classification:
                 f"{type(model).__name__} reads {', '.join(self._model_inputs)}"
             )
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the batch entries that `loss` reads."""
-        return (*self._model_inputs, "label")
-
     def example(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Return names, shapes and dtypes of what `loss` reads, for a batch of this size."""
         label = jax.ShapeDtypeStruct((batch,), jnp.int32)
         return {**self.model.example(batch), "label": label}
-
-    @property
-    def param_axes(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
-        """The model file's `PARAM_AXES`, empty where the default rules do."""
-        return tuple(getattr(inspect.getmodule(type(self.model)), "PARAM_AXES", ()))
-
-    @property
-    def flops(self) -> float:
-        """Training operations per example: forward and backward, without recomputation."""
-        return TRAIN_TO_FORWARD * float(self.model.flops())
 
     def check(self, batch: Mapping[str, Any]) -> None:
         """Refuse a host batch with missing entries or labels outside the model's classes.
@@ -108,12 +91,7 @@ class Classification:
         Raises:
           RecipeError: names the entry, or the label and its example.
         """
-        missing = [name for name in self.inputs if name not in batch]
-        if missing:
-            raise RecipeError(
-                f"the data has no {', '.join(missing)}: the model and task read "
-                f"{', '.join(self.inputs)}, the batch holds {', '.join(sorted(batch))}"
-            )
+        self.check_names(batch)
         labels, classes = np.asarray(batch["label"]), int(self.model.num_classes)
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise RecipeError(
@@ -131,30 +109,6 @@ class Classification:
                 f"label {int(labels[first])} of {example} is outside 0 to {classes - 1}: "
                 f"model.num_classes={classes} does not fit this data"
             )
-
-    def init(self, key: PRNGKey, batch: Mapping[str, Any]) -> Params:
-        """Return new parameters; of the batch only the shapes and dtypes of the inputs matter."""
-        shapes = {name: batch[name] for name in self._model_inputs}
-        zeros = {name: (x.shape, np.dtype(x.dtype)) for name, x in shapes.items()}
-
-        # Jitted here, too, so that an eager caller pays for parameters and not for a forward pass.
-        @jax.jit
-        def variables(key):
-            inputs = {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in zeros.items()}
-            return self.model.init(key, **inputs)
-
-        made = variables(key)
-        # What layers sow for capture is made anew by each forward pass; it is no state.
-        if extra := set(made) - {"params", "attention", "intermediates"}:
-            raise NotImplementedError(
-                f"{type(self.model).__name__} keeps state in {sorted(extra)}; "
-                "the trainer carries parameters only"
-            )
-        return made["params"]
-
-    def _apply(self, params, batch, **options):
-        inputs = {name: batch[name] for name in self._model_inputs}
-        return self.model.apply({"params": params}, **inputs, **options)
 
     def loss(
         self, params: Params, batch: Batch, key: PRNGKey, step: Array | int

@@ -2,6 +2,7 @@
 """launch.benchmark measures what it says and refuses early."""
 
 import json
+import tempfile
 
 import pytest
 
@@ -16,8 +17,20 @@ import pytest
         (("--suite=attention", "--only=nobody"), "matches no cell"),
         (("--suite=attention", "--shapes=hug"), "choose from"),
         (("--suite=long_context", "--shapes=hug"), "choose from"),
-        (("--suite=long_context", "--tune"), "--tune belongs to --suite=attention"),
+        (("--suite=long_context", "--tune"), "suite long_context has no tiles"),
         (("--suite=long_context", "--shapes=quick:none.csv"), "cannot be read"),
+        (("--suite=mixers",), "--out is missing"),
+        (("--suite=mixers", "--only=nobody"), "matches no cell"),
+        (("--suite=mixers", "--tune"), "suite mixers has no tiles"),
+        (
+            (
+                "--suite=mixers",
+                "--config=configs/unified_long_sequence/needle.py",
+                "--shapes=quik",
+                f"--out={tempfile.gettempdir()}",
+            ),
+            "did you mean 'quick'",
+        ),
         (
             ("--suite=training", "--config=configs/crossvit/smoke.py", "--out=/proc/none/x"),
             "cannot be written",
@@ -77,3 +90,12 @@ def test_long_context_suite(launch, tmp_path):
     assert header == "baseline,masktype,world_size,wd,ulysses,ring,mean_tflops,mean_peak_mems"
     assert chunked.startswith("chunked,causal,1,1f1b,1,1,0.") and cudnn.endswith(",-1,-1")
     assert (tmp_path / "speed_both.png").exists()
+
+
+def test_mixers_suite(launch, tmp_path):
+    only = "--only=^(fnet|window)/256/forward"
+    done = launch("benchmark", "--suite=mixers", "--shapes=quick", only, f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "fnet forward" in done.stdout and "window/256/forward: " in done.stderr
+    assert (tmp_path / "results.png").stat().st_size > 0
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3

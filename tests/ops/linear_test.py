@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnjax.ops.linear import linear_attention, orthogonal_projection, positive_features
+from attnjax.ops.linear import (
+    cosine_weighted,
+    feature_attention,
+    gaussian_projection,
+    linear_attention,
+    orthogonal_projection,
+    positive_features,
+)
 
 TOLERANCE = 2e-5  # float32, relative to the largest entry
 SIGMAS = 5.0  # a mean of independent draws is this many standard errors off once in 1.7 million
@@ -171,3 +178,59 @@ def test_shapes_that_do_not_fit_are_refused(shapes, where):
     projection = jax.ShapeDtypeStruct((4, 8), jnp.float32)
     with pytest.raises(ValueError, match=where):
         jax.eval_shape(linear_attention, *arrays, projection)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("epsilon", "floor"), [(1e-8, 0.0), (0.0, 6.0)])
+def test_feature_attention_equals_its_explicit_weights(is_causal, epsilon, floor):
+    b, t, n, m, h = 2, 13, 3, 5, 4
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key = (jax.random.uniform(k, (b, t, n, m)) for k in keys[:2])
+    value = jax.random.normal(keys[2], (b, t, n, h))
+    options = {"is_causal": is_causal, "epsilon": epsilon, "floor": floor}
+    out = jax.jit(lambda *x: feature_attention(*x, **options, chunk=4))(query, key, value)
+    weights = np.einsum("btnm,bsnm->bnts", query, key)
+    weights = np.tril(weights) if is_causal else weights
+    total = np.maximum(weights.sum(axis=-1, keepdims=True), floor) + epsilon
+    np.testing.assert_allclose(out, np.einsum("bnts,bsnh->btnh", weights / total, value), atol=1e-5)
+
+
+def test_feature_attention_refuses_what_does_not_fit():
+    x = jnp.zeros((1, 4, 2, 3))
+    with pytest.raises(ValueError, match="do not fit"):
+        feature_attention(x, x[..., :2], x)
+    with pytest.raises(ValueError, match="causal: True"):
+        feature_attention(x[:, :3], x, x, is_causal=True)
+
+
+def test_cosine_weighted_features_weigh_by_distance():
+    t, span = 6, 8
+    query, key = jax.random.uniform(jax.random.key(0), (2, 1, t, 1, 3))
+    weights = np.einsum("btnm,bsnm->ts", cosine_weighted(query, span), cosine_weighted(key, span))
+    distance = np.arange(t)[:, None] - np.arange(t)[None, :]
+    plain = np.einsum("btnm,bsnm->ts", query, key)
+    np.testing.assert_allclose(weights, plain * np.cos(np.pi * distance / (2 * span)), atol=1e-6)
+    with pytest.raises(ValueError, match="span=5 is shorter than the 6 positions"):
+        cosine_weighted(query, 5)
+
+
+def test_gaussian_directions_are_orthogonal_in_blocks_with_the_lengths_of_normal_vectors():
+    h, m = 16, 40
+    rows = np.asarray(gaussian_projection(jax.random.key(0), m, h))
+    assert rows.shape == (m, h)
+    for start in range(0, m, h):
+        part = rows[start : start + h]
+        products = part @ part.T
+        np.testing.assert_allclose(products, np.diag(np.diag(products)), atol=1e-4)
+    # The mean of |w|^2 is h, with a deviation of sqrt(2 h / rows).
+    assert np.square(rows).sum(axis=-1).mean() == pytest.approx(h, abs=SIGMAS * (2 * h / m) ** 0.5)
+
+
+def test_shift_of_positive_features_cancels():
+    x = 3 * jax.random.normal(jax.random.key(0), (2, 5, 2, 4))
+    projection = gaussian_projection(jax.random.key(1), 6, 4)
+    plain = positive_features(x, projection)
+    for axes in ((3,), (1, 3)):
+        factor = positive_features(x, projection, shift_axes=axes) / plain
+        constant = np.broadcast_to(factor.max(axis=axes, keepdims=True), factor.shape)
+        np.testing.assert_allclose(factor, constant, rtol=1e-4)
