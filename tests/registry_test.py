@@ -75,6 +75,8 @@ def check_model(module, model):
     assert {"dtype", "remat", "attention_implementation"} <= set(fields)
     for method in ("example", "flops", "attention_maps"):
         assert callable(getattr(model, method))
+    from attnjax.recipe import check_arguments
+
     assert module.PRESETS and hasattr(module, "Output") and hasattr(module, "TORCH_NAMES")
     for preset, overrides in module.PRESETS.items():
         check_arguments(model, overrides, preset)
