@@ -2,29 +2,23 @@
 """Measure speed: python -m launch.benchmark --suite=attention|long_context|mixers|scale_factor
 --out=DIR, or --suite=training --config=FILE [--peer=timm]
 
-attention: implementations and installed peers in turns; results.csv (resumable) and results.png.
-With --tune: tile sizes of our implementations in turns; tuning.json, see attnjax/ops/tuning.py.
+attention: implementations and installed peers in turns; results.csv (resumable) and results.png;
+with --tune: tile sizes; tuning.json, see attnjax/ops/tuning.py.
 long_context: LongCA-bench, kernels and context-parallel attentions; likewise, and its own tables.
 mixers: token mixers over length, likewise; with --config: the recipe trained over context.
 scale_factor: what tiling and devices each do for time and length; results.csv.
-training: a recipe's step and forward pass, its data pipeline, and a peer in turns.
-"""
+training: a recipe's step and forward pass, its data pipeline, and a peer in turns."""
 
 import importlib
 import pathlib
 
 from absl import flags
 
+from attnjax.benchmarks import SUITES as CELLS
 from attnjax.errors import RecipeError
 from attnjax.recipe import available
 from launch import command
 
-CELLS = {
-    "attention": "attention",
-    "long_context": "long_context.suite",
-    "mixers": "long_sequence",
-    "scale_factor": "scale_factor",
-}
 SUITES = (*CELLS, "training")
 CONFIG = command.define_config()
 SUITE = flags.DEFINE_string("suite", None, "What to measure: " + ", ".join(SUITES) + ".")
@@ -51,7 +45,7 @@ def main() -> None:
     elif SUITE.value == "mixers" and CONFIG.value.model:
         contexts()
     else:
-        cells(importlib.import_module(f"attnjax.benchmarks.{CELLS[SUITE.value]}"))
+        cells(importlib.import_module(CELLS[SUITE.value]))
 
 
 def cells(suite) -> None:
