@@ -57,7 +57,7 @@ def cells() -> None:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if DRY_RUN.value:
-        print("\n".join(suite.cell(name, case) for case, names in cases for name in names))
+        print("\n".join(suite.names(cases)))
         return
     if not OUT.value:
         raise RecipeError("--out is missing: the folder for the files of results")
@@ -69,7 +69,7 @@ def cells() -> None:
         print(tuner.render(tuner.tune(cases, table, budget=SECONDS.value, say=say), table))
         return
     rows = suite.run(cases, table, budget=SECONDS.value, say=say)
-    suite.draw(rows, folder)
+    suite.draw(rows, table.with_suffix(".png"))
     print(suite.render(rows))
 
 

@@ -204,10 +204,14 @@ def row_cell(row: dict[str, Any]) -> str:
     return cell(row["contestant"], case)
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draw rows into a folder; return the files."""
-    path = folder / "results.png"
-    return [path] if draw_attention(rows, path) else []
+def names(cases: Iterable[tuple[Case, Sequence[str]]]) -> list[str]:
+    """Return the names of all cells."""
+    return [cell(name, case) for case, chosen in cases for name in chosen]
+
+
+def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
+    """Draw rows, see `draw_attention`."""
+    return draw_attention(rows, path)
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:

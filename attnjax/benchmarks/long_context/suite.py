@@ -50,7 +50,7 @@ SUMMARY_FIELDS = (
 """Columns of the paper's tables. Speed is of one device, memory in bytes of one device; -1000
 stands for out of memory and -1 for not supported."""
 
-__all__ = ["FIELDS", "cell", "draw", "grid", "render", "run"]
+__all__ = ["FIELDS", "cell", "draw", "grid", "names", "render", "run"]
 
 
 def run(
@@ -222,21 +222,26 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*text, *(f"  {reason}" for reason in refusals)])
 
 
-def draw(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> list[pathlib.Path]:
+def names(cases: Iterable[tuple[LongCase, Sequence[str]]]) -> list[str]:
+    """Return the names of all cells."""
+    return [cell(name, case) for case, chosen in cases for name in chosen]
+
+
+def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> list[pathlib.Path]:
     """Draw speed for each direction, and the table of placements.
 
     Args:
       rows: of the table of cells.
-      folder: where to write, and where balance.csv lies.
+      path: any file in the folder where to write, and where balance.csv lies.
 
     Returns:
       The files.
     """
-    files = []
+    folder, files = path.parent, []
     for direction in dict.fromkeys(row["direction"] for row in rows):
-        path = folder / f"speed_{direction}.png"
-        if draw_speed(_points(rows, direction), path):
-            files.append(path)
+        picture = folder / f"speed_{direction}.png"
+        if draw_speed(_points(rows, direction), picture):
+            files.append(picture)
     spreads = turns.read(folder / "balance.csv", BALANCE_FIELDS)
     if draw_balance(spreads, folder / "balance.png"):
         files.append(folder / "balance.png")

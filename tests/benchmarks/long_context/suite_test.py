@@ -88,7 +88,7 @@ def test_whole_run_and_resumption(fake, tmp_path, monkeypatch):
     # What is missing of an interrupted run is measured, and nothing twice.
     suite.run(tiny_cases()[:2], path, budget=0.01, say=lines.append)
     rows = suite.run(tiny_cases(), path, budget=0.01, say=lines.append)
-    names = {cell(name, case) for case, chosen in tiny_cases() for name in chosen}
+    names = set(suite.names(tiny_cases()))
     assert [suite.row_cell(row) for row in rows] == [suite.row_cell(row) for row in read(path)]
     assert len(rows) == len(names) == len({suite.row_cell(row) for row in rows})
     assert {suite.row_cell(row) for row in rows} == names
@@ -120,7 +120,7 @@ def test_whole_run_and_resumption(fake, tmp_path, monkeypatch):
     text = suite.render(rows)
     assert "@4 causal_document:pile:mixture/float32/32x2x1x8/forward" in text
     assert "planted" not in text and "hybrid: no such mask" in text
-    files = {path.name for path in suite.draw(rows, tmp_path)}
+    files = {path.name for path in suite.draw(rows, tmp_path / "results.png")}
     assert files == {"speed_forward.png", "balance.png"}
     for name in files:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
