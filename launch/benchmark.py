@@ -10,7 +10,6 @@ scale_factor: what tiling and devices each do for time and length; results.csv.
 training: a recipe's step and forward pass, its data pipeline, and a peer in turns."""
 
 import importlib
-import pathlib
 
 from absl import flags
 
@@ -90,7 +89,7 @@ def training() -> None:
     print(render(record))
 
 
-def start(name: str) -> pathlib.Path | None:
+def start(name: str):
     """Return the file of results in --out (or --out itself), and start the devices."""
     path = command.writable(OUT.value, name)
     command.start_devices("", 0, -1, CPU_DEVICES.value)
