@@ -9,9 +9,10 @@ way while the present one is worked on, which a compiler with asynchronous colle
 `heads_ways` neighbouring ranks that share their heads act as one here.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +33,18 @@ Positions are an array or `Runs`, see `attnjax.ops.mask`.
 """
 
 
-class Transport(Protocol):
+class Transport(abc.ABC):
     """What all transports do; they are hashable, their tables are arrays."""
 
+    @abc.abstractmethod
     def tables(self, layout: Layout) -> dict[str, Array]:
         """Return the arrays that `fold` needs, for keys in this layout."""
 
+    @abc.abstractmethod
     def specs(self, axis_name: str) -> dict[str, P]:
         """Return how the tables are divided."""
 
+    @abc.abstractmethod
     def fold(self, block: Array, step: Step, tables: Any, axis_name: str) -> tuple[Any, list]:
         """Run the step over all blocks, the state of the first one being None.
 
@@ -48,6 +52,7 @@ class Transport(Protocol):
           The last state, and what was kept of each step.
         """
 
+    @abc.abstractmethod
     def fold_back(self, block: Array, step: Step, tables: Any, axis_name: str) -> tuple[Any, Any]:
         """Run the step over all blocks; what it keeps is about the block's keys.
 
@@ -66,7 +71,7 @@ def _in_step(following: Any, done: Any) -> tuple[Any, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
+class Ring(Transport):
     """Blocks go round from rank to rank.
 
     Attributes:
@@ -203,7 +208,7 @@ def double_ring(ranks: int, windows: int, layout: Layout) -> Ring:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gather:
+class Gather(Transport):
     """Every rank gets all keys, in order: one block.
 
     Attributes:
@@ -253,7 +258,7 @@ class Gather:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selected:
+class Selected(Transport):
     """Only the units that some query of a rank sees are sent to it, in a few stages.
 
     MagiAttention's group cast and group reduce, with shapes that are fixed while tracing: in round
