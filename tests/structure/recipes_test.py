@@ -64,7 +64,7 @@ def test_unknown_variant_is_refused(path):
 def test_every_system_has_a_smoke_recipe_and_a_claim(slug):
     assert claim.exists(slug)
     home = importlib.import_module(registry.system(slug).module)
-    if registry.system(slug).kind == "benchmark" and "quick" in home.PRESETS:
+    if registry.system(slug).kind == "benchmark" and "quick" in getattr(home, "PRESETS", ()):
         return  # It trains nothing: its smallest grid takes the place of a recipe.
     smoke = recipe.load(f"configs/{slug}/smoke.py")
     sources = [smoke.data.source, *(e.data.source for e in smoke.evals.values())]
