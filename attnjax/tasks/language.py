@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Language modelling: predict every next token of a text, whatever its length."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,16 +14,14 @@ from attnjax.losses.language import TokenLosses, token_losses
 from attnjax.metrics import Mean, Metric
 from attnjax.metrics.language import BitsPerByte, Perplexity
 from attnjax.parallel.constrain import constrain, gather
+from attnjax.tasks.model_task import ModelTask
 from attnjax.typing import Array, Batch, Params, PRNGKey
-
-TRAIN_TO_FORWARD = 3.0
-"""The backward pass does twice the forward work; recomputation does not count as useful work."""
 
 INIT_LENGTH = 8
 """Tokens of the example that parameters are made with: their shapes do not depend on it."""
 
 
-class LanguageModelling:
+class LanguageModelling(ModelTask):
     """Next-token prediction on `tokens [b,t]` int32.
 
     With `packed`, the batch also holds `segments [b,t]` int32: documents that do not see each other
@@ -71,7 +68,7 @@ class LanguageModelling:
                 f"task language: with model.attention={model.attention!r} tokens see what they "
                 "should predict; choose 'causal'"
             )
-        self.model = model
+        super().__init__(model)
         self.z_loss, self.logits_chunk = z_loss, logits_chunk
         self.packed, self.bytes_per_token = packed, bytes_per_token
 
@@ -85,28 +82,13 @@ class LanguageModelling:
         tokens = self.model.example(batch)["tokens"]
         return {name: tokens for name in self.inputs}
 
-    @property
-    def param_axes(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
-        """The model file's `PARAM_AXES`, empty where the default rules do."""
-        return tuple(getattr(inspect.getmodule(type(self.model)), "PARAM_AXES", ()))
-
-    @property
-    def flops(self) -> float:
-        """Training operations per example: forward and backward, without recomputation."""
-        return TRAIN_TO_FORWARD * float(self.model.flops())
-
     def check(self, batch: Mapping[str, Any]) -> None:
         """Refuse a host batch with missing entries or tokens outside the vocabulary.
 
         Raises:
           RecipeError: names the entry, or the token and its example.
         """
-        missing = [name for name in self.inputs if name not in batch]
-        if missing:
-            raise RecipeError(
-                f"the data has no {', '.join(missing)}: the task reads {', '.join(self.inputs)}, "
-                f"the batch holds {', '.join(sorted(batch))}"
-            )
+        self.check_names(batch)
         arrays = {name: np.asarray(batch[name]) for name in self.inputs}
         for name, array in arrays.items():
             if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
