@@ -13,6 +13,7 @@ from attnjax.parallel.distributed import (
     streamed_attention,
 )
 from attnjax.parallel.mesh import AXES, make_mesh
+from attnjax.parallel.pipeline import bubble_fraction, pipeline
 from attnjax.parallel.rules import (
     DEFAULT_AXES,
     batch_sharding,
@@ -28,6 +29,7 @@ __all__ = [
     "Machine",
     "attention_layer",
     "batch_sharding",
+    "bubble_fraction",
     "constrain",
     "context_attention",
     "dispatch",
@@ -35,6 +37,7 @@ __all__ = [
     "distributed_mesh",
     "gather",
     "make_mesh",
+    "pipeline",
     "plan_context",
     "plan_distributed",
     "process_shard",
