@@ -85,8 +85,8 @@ class Decoder(nn.Module):
       tied: the head is the transposed token table.
       experts: fields of `nn.experts.ExpertOptions`; None: one dense channel stage.
       dtype: compute dtype; logits are float32.
-      remat: what the backward pass computes again: "none", "full", or all but matrix products,
-        "dots".
+      remat: what the backward pass computes again: "none", "full", all but matrix products,
+        "dots", or "full" with the layers' inputs waiting in pinned memory of the host, "offload".
       attention_implementation: passed to `nn.attend`.
     """
 

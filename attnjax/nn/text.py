@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from attnjax.nn.attend import attend
 from attnjax.nn.attention import CAPTURE, Projection
@@ -21,12 +22,22 @@ from attnjax.typing import Array
 HIDDEN = "hidden"
 """Collection that receives hidden states: pass `mutable=["hidden"]` to `apply`."""
 
+INPUT = "decoder_layer_input"
+"""Name of a layer's input `[b, t, d]` for checkpoint policies."""
+
 REMATS: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What the backward pass finds of a layer: everything, its input, or its matrix products too."""
+"""What the backward pass finds of a layer: everything, its input, its matrix products too, or its
+input in the memory of the host."""
 
 
 class TokenTable(nn.Module):
@@ -234,6 +245,7 @@ class DecoderLayer(nn.Module):
         """
         if self.is_mutable_collection(HIDDEN) and not self.is_initializing():
             self.sow(HIDDEN, "input", x)
+        x = checkpoint_name(x, INPUT)
         mixer = RotaryAttention(
             self.heads, self.is_causal, self.window, self.rope_base, self.qkv_bias,
             self.dtype, self.implementation, name="attention",

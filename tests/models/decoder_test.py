@@ -2,6 +2,7 @@
 """The decoder: what tokens may see, caches, recomputation, devices, experts."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def expected_gradients(**fields):
     return gradients(model, params, draw(4))
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["full", "offload", pytest.param("dots", marks=pytest.mark.slow)])
 def test_recomputation_changes_nothing(remat):
     model, params, _ = make(has_experts=True)
     loss, expected = expected_gradients(has_experts=True)
@@ -173,6 +174,14 @@ def test_recomputation_saves_memory():
         step = jax.jit(jax.grad(loss), compiler_options=QUICK).lower(params).compile()
         sizes[remat] = step.memory_analysis().temp_size_in_bytes
     assert sizes["full"] < sizes["dots"] < sizes["none"]
+
+
+def test_offloaded_inputs_are_all_that_layers_leave():
+    """Arrays with an axis of layers and the axes of activations: inputs, in the host's memory."""
+    model, params, _ = make(remat="offload", depth=5)
+    loss = lambda p: model.apply({"params": p}, draw(), method="encode")[0].sum()
+    program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert set(re.findall(r"\w+(?:<host>)?\[5,2,12,[^]]*\]", program)) == {"f32<host>[5,2,12,32]"}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +238,7 @@ def test_flops_are_the_matrix_products_of_the_compiled_forward_pass():
     ("fields", "message"),
     [
         ({"attention": "casual"}, "did you mean 'causal'"),
-        ({"remat": "all"}, "known: dots, full, none"),
+        ({"remat": "all"}, "known: dots, full, none, offload"),
         ({"heads": (4, 3)}, r"heads=\(4, 3\)"),
         ({"heads": (4,)}, "key/value heads"),
         ({"width": 36, "heads": (4, 4)}, "width=36"),
