@@ -119,9 +119,13 @@ def differentiated(name, call, results, cotangents):
     return serve_gradients(call, results, cotangents, name)
 
 
+EMULATED = pytest.param("pallas_gpu", marks=pytest.mark.slow)
+"""Emulating the kernels for GPUs takes half a minute for each case."""
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("options", ["plain", "bias", "dropout"])
-@pytest.mark.parametrize("name", ["reference", "chunked", "pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("name", ["reference", "chunked", "pallas_tpu", EMULATED])
 def test_parts_add_up_to_the_whole(name, options, dtype):
     if options == "dropout" and name.startswith("pallas"):
         pytest.skip("the kernels refuse dropout of a part, see below")

@@ -103,9 +103,12 @@ def mask_case(name, seed=None):
     return case, MASKS[name](case, np.random.default_rng(seed or zlib.crc32(name.encode())))
 
 
-@pytest.mark.parametrize("method", ["ring", "usp"])
-@pytest.mark.parametrize("name", ["heads", "dense", "either", "blocks", "predicate", "ragged"])
-def test_masks_that_are_no_intervals(name, method):
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("ring", "heads"), ("ring", "either"), ("ring", "predicate"), ("usp", "heads"),
+     ("usp", "blocks"), ("usp", "dense"), ("usp", "ragged")],
+)  # fmt: skip
+def test_masks_that_are_no_intervals(method, name):
     case, visible = mask_case(name)
     plan = plan_context(visible, T, 4, n=4, k=2, method=method, heads_ways=2)
     check(case.arrays(1), method=method, mesh=make_mesh(context=4), mask=visible, plan=plan)
@@ -174,8 +177,13 @@ def test_softmax_relatives_soft_caps_and_biases(method):
         close(got, want, GRADIENT)
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
-@pytest.mark.parametrize("method", WAYS)
+def few(*methods):
+    """Let the other methods be for the slow tests."""
+    return [m if m in methods else pytest.param(m, marks=pytest.mark.slow) for m in WAYS]
+
+
+@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", few("ring", "ulysses", "balanced"))
 def test_dropout_does_not_depend_on_ranks(method, ranks):
     arrays, key = draw(5, b=2), jax.random.key(1)
     options = dict(mask=PLAIN["causal"], dropout_rate=0.3, dropout_key=key)
@@ -220,7 +228,7 @@ def test_normalizers_without_log_sum_exp_get_whole_rows(method, normalizer):
     jax.tree.map(lambda got, want: close(got, want, GRADIENT), gradients, wanted)
 
 
-@pytest.mark.parametrize("method", ["ring", "usp", "balanced"])
+@pytest.mark.parametrize("method", few("ring"))
 def test_half_precision_is_merged_in_float32(method):
     arrays = draw(7, dtype=jnp.bfloat16)
     check(
@@ -261,7 +269,7 @@ def test_other_axes_of_an_ambient_mesh_stay_divided(method):
         close(got, want, GRADIENT)
 
 
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", few("ring", "hybrid"))
 def test_dispatched_sequences_stay_dispatched(method):
     mesh, visible = make_mesh(context=4), PLAIN["documents"]
     query, key, value = draw(12)
