@@ -54,12 +54,10 @@ def main() -> int:
         SYSTEM.value,
         SEEDS.value,
         command="python -m launch.claims " + " ".join(sys.argv[1:]),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=command.say,
     )
-    line = json.dumps(record)
-    with out.open("a") as file:
-        file.write(line + "\n")
-    print(line)
+    command.append(out, record)
+    print(json.dumps(record))
     return 0 if record["holds"] else CLAIM_MISSED
 
 

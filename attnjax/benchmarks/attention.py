@@ -13,7 +13,6 @@ import itertools
 import math
 import os
 import pathlib
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -70,22 +69,15 @@ def grid(shapes: str, only: str = "") -> list[tuple[Case, list[str]]]:
     """
     if shapes not in SHAPES:
         raise ValueError(f"shapes {shapes!r} are unknown; choose from {list(SHAPES)}")
-    try:
-        pattern = re.compile(only)
-    except re.error as error:
-        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
-    cases = []
-    for b, t, n, k, h in SHAPES[shapes]:
-        for name in MASKS:
-            for dtype in DTYPES:
-                for direction in DIRECTIONS:
-                    case = Case(name, dtype, b, t, n, k, h, direction)
-                    chosen = [c for c in (*CONTESTANTS, "torch") if pattern.search(cell(c, case))]
-                    if chosen:
-                        cases.append((case, chosen))
-    if not cases:
-        raise ValueError(f"only={only!r} matches no cell such as {cell('chunked', case)!r}")
-    return cases
+    everybody = (*CONTESTANTS, "torch")
+    cases = [
+        (Case(name, dtype, *sizes, direction), everybody)
+        for sizes in SHAPES[shapes]
+        for name in MASKS
+        for dtype in DTYPES
+        for direction in DIRECTIONS
+    ]
+    return turns.choose(cases, only, cell)
 
 
 def cell(contestant: str, case: Case) -> str:
@@ -112,21 +104,12 @@ def run(
     Returns:
       All rows of the file, old and new.
     """
-    rows = turns.read(path, FIELDS)
-    known = {row_cell(row) for row in rows}
     with Torch(threads=os.cpu_count() or 1) as torch:
-        for case, names in cases:
-            missing = [name for name in names if cell(name, case) not in known]
-            if not missing:
-                continue
-            fresh = measure(case, missing, torch, Protocol(budget=budget))
-            turns.append(path, FIELDS, fresh)
-            rows += fresh
-            times = ", ".join(
-                f"{r['contestant']} {r['median_ms']} ms" for r in fresh if r["status"] == "ok"
-            )
-            say(f"{cell('', case)[1:]}: {times or 'everybody refused'}")
-    return rows
+        return turns.resume(
+            cases, path, FIELDS, cell, row_cell,
+            lambda case, names: measure(case, names, torch, Protocol(budget=budget)),
+            lambda case, rows: say(f"{cell('', case)[1:]}: {turns.times(rows)}"),
+        )  # fmt: skip
 
 
 def measure(
@@ -206,7 +189,7 @@ def row_cell(row: dict[str, Any]) -> str:
 
 def names(cases: Iterable[tuple[Case, Sequence[str]]]) -> list[str]:
     """Return the names of all cells."""
-    return [cell(name, case) for case, chosen in cases for name in chosen]
+    return turns.cell_names(cases, cell)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:

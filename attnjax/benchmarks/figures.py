@@ -54,9 +54,7 @@ def draw_attention(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
         axes.set_xlabel("tokens (solid float32, dotted bfloat16)", fontsize=8)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return True
+    return _save(figure, path, 120)
 
 
 COLUMNS = 5
@@ -102,9 +100,7 @@ def draw_speed(points: Sequence[tuple[str, str, int, float]], path: pathlib.Path
     figure.legend(
         lines.values(), lines.keys(), loc="outside right upper", fontsize=7, frameon=False
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return True
+    return _save(figure, path, 110)
 
 
 def draw_balance(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
@@ -143,9 +139,7 @@ def draw_balance(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_yticks(range(len(lines)), [f"{m}, {n} devices" for m, n in lines], fontsize=8)
     axes.set_title("largest over mean area", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return True
+    return _save(figure, path, 110)
 
 
 def draw_mixers(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
@@ -189,6 +183,10 @@ def draw_mixers(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:
         axes.set_xlabel("tokens", fontsize=8)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7, frameon=False)
+    return _save(figure, path, 120)
+
+
+def _save(figure, path, dpi):
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=dpi)
     return True

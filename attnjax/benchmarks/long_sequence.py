@@ -16,7 +16,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -122,16 +121,13 @@ def grid(lengths: str, only: str = "") -> list[Cell]:
     """
     if lengths not in LENGTHS:
         raise ValueError(f"lengths {lengths!r} are unknown; choose from {list(LENGTHS)}")
-    try:
-        pattern = re.compile(only)
-    except re.error as error:
-        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
     cells = [
         Cell(mixer, length, direction)
         for mixer in CONTESTANTS
         for direction in DIRECTIONS
         for length in LENGTHS[lengths]
     ]
+    pattern = turns.matcher(only)
     chosen = [cell for cell in cells if pattern.search(cell.name)]
     if not chosen:
         raise ValueError(f"only={only!r} matches no cell such as {cells[0].name!r}")

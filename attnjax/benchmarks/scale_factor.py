@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -80,24 +79,13 @@ def grid(shapes: str, only: str = "") -> list[tuple[Case, list[str]]]:
     """
     if shapes not in SHAPES:
         raise ValueError(f"shapes {shapes!r} are unknown; choose from {list(SHAPES)}")
-    try:
-        pattern = re.compile(only)
-    except re.error as error:
-        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
     limit, sizes = SHAPES[shapes]
     cases = []
     for direction in ("forward", "both"):
         settings = [Shape("full", "float32", *size, direction) for size in sizes]
         cases.append(Case("length", settings[0], limit))
         cases += [Case("time", shape, limit) for shape in settings]
-    chosen = [
-        (case, names)
-        for case in cases
-        if (names := [name for name in CONTESTANTS if pattern.search(cell(name, case))])
-    ]
-    if not chosen:
-        raise ValueError(f"only={only!r} matches no cell such as {cell('vanilla', cases[0])!r}")
-    return chosen
+    return turns.choose([(case, CONTESTANTS) for case in cases], only, cell)
 
 
 def cell(contestant: str, case: Case) -> str:
@@ -128,19 +116,17 @@ def run(
     Raises:
       ValueError: the file has other columns.
     """
-    rows = turns.read(path, FIELDS)
-    known = {row_cell(row) for row in rows}
-    for case, names in cases:
-        if missing := [name for name in names if cell(name, case) not in known]:
-            if case.quantity == "length":
-                fresh = find_longest(case, missing)
-            else:
-                fresh = measure_time(case, missing, budget)
-            turns.append(path, FIELDS, fresh)
-            rows += fresh
-            found = ", ".join(f"{row['contestant']} {_show(row)}" for row in fresh)
-            say(f"{cell('', case)[1:]}: {found}")
-    return rows
+
+    def measure(case, names):
+        if case.quantity == "length":
+            return find_longest(case, names)
+        return measure_time(case, names, budget)
+
+    def tell(case, rows):
+        found = ", ".join(f"{row['contestant']} {_show(row)}" for row in rows)
+        say(f"{cell('', case)[1:]}: {found}")
+
+    return turns.resume(cases, path, FIELDS, cell, row_cell, measure, tell)
 
 
 def measure_time(case: Case, names: Sequence[str], budget: float) -> list[dict[str, Any]]:
@@ -275,7 +261,7 @@ def row_cell(row: dict[str, Any]) -> str:
 
 def names(cases: Iterable[tuple[Case, Sequence[str]]]) -> list[str]:
     """Return the names of all cells."""
-    return [cell(name, case) for case, chosen in cases for name in chosen]
+    return turns.cell_names(cases, cell)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> bool:

@@ -8,8 +8,9 @@ import csv
 import dataclasses
 import os
 import pathlib
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +42,94 @@ class Protocol:
     warmup: int = 0
     budget: float = 10.0
     flush_bytes: int = 0
+
+
+def matcher(only: str) -> re.Pattern[str]:
+    """Compile the regular expression that is searched in names of cells; empty for all.
+
+    Raises:
+      ValueError: it is malformed.
+    """
+    try:
+        return re.compile(only)
+    except re.error as error:
+        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
+
+
+def choose(
+    cases: Iterable[tuple[Any, Sequence[str]]], only: str, cell: Callable[[str, Any], str]
+) -> list[tuple[Any, list[str]]]:
+    """Keep the cells whose names match.
+
+    Args:
+      cases: each with the names of its contestants.
+      only: see `matcher`.
+      cell: names a cell, from contestant and case.
+
+    Returns:
+      Cases with the contestants that are left, without those that have none.
+
+    Raises:
+      ValueError: the expression is malformed, or nothing is left.
+    """
+    cases, pattern = list(cases), matcher(only)
+    kept = [(case, [x for x in names if pattern.search(cell(x, case))]) for case, names in cases]
+    kept = [(case, names) for case, names in kept if names]
+    if not kept:
+        case, names = cases[0]
+        raise ValueError(f"only={only!r} matches no cell such as {cell(names[0], case)!r}")
+    return kept
+
+
+def cell_names(
+    cases: Iterable[tuple[Any, Sequence[str]]], cell: Callable[[str, Any], str]
+) -> list[str]:
+    """Return the names of all cells, see `choose`."""
+    return [cell(name, case) for case, names in cases for name in names]
+
+
+def resume(
+    cases: Iterable[tuple[Any, Sequence[str]]],
+    path: pathlib.Path,
+    fields: Sequence[str],
+    cell: Callable[[str, Any], str],
+    row_cell: Callable[[Row], str],
+    measure: Callable[[Any, list[str]], list[Row]],
+    tell: Callable[[Any, list[Row]], None],
+) -> list[Row]:
+    """Measure the cells that a CSV file does not hold yet, and append them case by case.
+
+    Args:
+      cases: see `choose`.
+      path: the file.
+      fields: its columns.
+      cell: names a cell, from contestant and case.
+      row_cell: names the cell of a row.
+      measure: returns one row for each missing contestant of a case.
+      tell: called with a case and its new rows.
+
+    Returns:
+      All rows, old and new.
+
+    Raises:
+      ValueError: the file has other columns.
+    """
+    rows = read(path, fields)
+    known = {row_cell(row) for row in rows}
+    for case, names in cases:
+        if missing := [name for name in names if cell(name, case) not in known]:
+            fresh = measure(case, missing)
+            append(path, fields, fresh)
+            rows += fresh
+            known |= {row_cell(row) for row in fresh}
+            tell(case, fresh)
+    return rows
+
+
+def times(rows: Sequence[Row]) -> str:
+    """Return who took how long, in words."""
+    found = [f"{row['contestant']} {row['median_ms']} ms" for row in rows if row["status"] == OK]
+    return ", ".join(found) or "everybody refused"
 
 
 def prepare(make: Callable[[], Runner], row: Row) -> Runner | None:

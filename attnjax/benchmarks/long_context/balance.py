@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from attnjax.ops.mask import Mask
+from attnjax.parallel.context import layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +146,7 @@ def balance(mask: Mask, t: int, positions: np.ndarray, cost: CostModel | None = 
 
 def rank_areas(mask: Mask, t: int, positions: np.ndarray) -> np.ndarray:
     """Return the visible elements of each rank's queries, float64 `[ranks]`, see `balance`."""
-    seen = np.asarray(_static(mask, t).visible_keys(t, t), np.float64)
-    per_query = np.append(np.broadcast_to(seen.mean(axis=(0, 1)), (t,)), 0.0)
-    return per_query[_checked(positions, t)].sum(axis=1)
+    return layout.rank_areas(_static(mask, t), t, _checked(positions, t))
 
 
 def remote_tokens(mask: Mask, t: int, positions: np.ndarray) -> np.ndarray:
@@ -156,35 +155,10 @@ def remote_tokens(mask: Mask, t: int, positions: np.ndarray) -> np.ndarray:
     found = []
     for held in _checked(positions, t):
         held = held[held < t]
-        needed = _needed(visibility, held, t)
+        needed = layout.seen_keys(visibility, t, held)
         needed[held] = False
         found.append(int(needed.sum()))
     return np.array(found)
-
-
-def _needed(visibility, queries, t):
-    """Keys that any of the queries sees, in any example and head, bool `[t]`."""
-    if visibility.rest is None and visibility.query_ids is None:
-        whole = visibility.with_intervals(t, t)
-        lower, upper = (x[..., queries].ravel() for x in (whole.lower, whole.upper))
-        upper = np.maximum(lower, upper)
-        count = lambda x: np.bincount(x, minlength=t + 1)
-        return np.cumsum(count(lower) - count(upper))[:t] > 0
-    needed = np.zeros(t, bool)
-    for rows in np.split(queries, np.flatnonzero(np.diff(queries) != 1) + 1):
-        if len(rows):
-            # Runs of neighbours are windows; tiles of one of their rows each are exact.
-            part = visibility.window(int(rows[0]), len(rows), 0, t, t, t)
-            for first in range(0, t, _STRIP):
-                keys = min(_STRIP, t - first)
-                tile = part.window(0, len(rows), first, keys, len(rows), t)
-                seen = np.asarray(tile.dense(len(rows), keys)).any(axis=(0, 1, 2))
-                needed[first : first + keys] |= seen
-    return needed
-
-
-_STRIP = 8192
-"""Keys that are looked at together where a mask is no intervals."""
 
 
 def _static(mask, t):

@@ -7,9 +7,9 @@ methods of several devices at a constant number of tokens for each.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
 
+from attnjax.benchmarks import turns
 from attnjax.benchmarks.long_context.cases import DEFAULT_PROTOCOL, LongCase
 from attnjax.benchmarks.long_context.kernels import KERNELS, METHODS
 from attnjax.benchmarks.long_context.lengths import K, sampler
@@ -208,19 +208,7 @@ def grid(shapes: str, only: str = "") -> list[tuple[LongCase, list[str]]]:
     Raises:
       ValueError: the name is unknown, the expression malformed, or nothing is left.
     """
-    try:
-        pattern = re.compile(only)
-    except re.error as error:
-        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
-    cases = []
-    for case, names in make_grid(shapes).cases():
-        chosen = [name for name in names if pattern.search(cell(name, case))]
-        if chosen:
-            cases.append((case, chosen))
-    if not cases:
-        first, names = next(iter(make_grid(shapes).cases()))
-        raise ValueError(f"only={only!r} matches no cell such as {cell(names[0], first)!r}")
-    return cases
+    return turns.choose(make_grid(shapes).cases(), only, cell)
 
 
 def placements(cases: Sequence[tuple[LongCase, Sequence[str]]]) -> list[LongCase]:

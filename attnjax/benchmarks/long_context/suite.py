@@ -72,21 +72,12 @@ def run(
       All rows of the table of cells, old and new.
     """
     cases = list(cases)
-    rows = turns.read(path, FIELDS)
-    known = {row_cell(row) for row in rows}
     with Torch(threads=os.cpu_count() or 1) as torch:
-        for case, names in cases:
-            missing = [name for name in names if cell(name, case) not in known]
-            if not missing:
-                continue
-            fresh = measure(case, missing, torch, budget)
-            turns.append(path, FIELDS, fresh)
-            rows += fresh
-            known |= {row_cell(row) for row in fresh}
-            times = ", ".join(
-                f"{r['contestant']} {r['median_ms']} ms" for r in fresh if r["status"] == OK
-            )
-            say(f"{cell('', case)}: {times or 'everybody refused'}")
+        rows = turns.resume(
+            cases, path, FIELDS, cell, row_cell,
+            lambda case, names: measure(case, names, torch, budget),
+            lambda case, rows: say(f"{cell('', case)}: {turns.times(rows)}"),
+        )  # fmt: skip
     _run_balance(placements(cases), path.with_name("balance.csv"), say)
     write_summary(rows, path.parent / "summary")
     return rows
@@ -224,7 +215,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
 
 def names(cases: Iterable[tuple[LongCase, Sequence[str]]]) -> list[str]:
     """Return the names of all cells."""
-    return [cell(name, case) for case, chosen in cases for name in chosen]
+    return turns.cell_names(cases, cell)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> list[pathlib.Path]:
