@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import attnjax.parallel
 from attnjax.errors import RecipeError
 from attnjax.models.load import abstract_params, build
 from attnjax.nn.text import starts
-from attnjax.ops import attention
 from attnjax.parallel import batch_sharding, make_mesh, tree_shardings
 from attnjax.weights import flatten, unflatten
 
@@ -193,12 +191,7 @@ def test_offloaded_inputs_are_all_that_layers_leave():
     ],
     ids=str,
 )
-def test_devices_change_nothing(sizes, fields, monkeypatch):
-    """Context attention is served by the core here: the modules around it are what is tested."""
-    monkeypatch.setattr(
-        attnjax.parallel, "context_attention",
-        lambda q, k, v, *, method, axis, **options: attention(q, k, v, **options), raising=False,
-    )  # fmt: skip
+def test_devices_change_nothing(sizes, fields):
     model, params, _ = make(**fields)
     tokens = draw(4)
     loss, expected = expected_gradients(**fields)

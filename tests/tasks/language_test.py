@@ -11,12 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-import attnjax.parallel
 from attnjax import metrics, recipe
 from attnjax.data.text import MarkovText
 from attnjax.errors import RecipeError
 from attnjax.models.load import build
-from attnjax.ops import attention
 from attnjax.parallel import batch_sharding, make_mesh, tree_shardings
 from attnjax.tasks import LanguageModelling, Task
 
@@ -110,12 +108,8 @@ def test_experts_add_their_penalty_and_are_reported():
     assert {"load_loss", "z_loss", "dropped"} < set(values)
 
 
-def test_devices_change_nothing(monkeypatch):
+def test_devices_change_nothing():
     """Chunks take their tokens from the whole length, which is divided here."""
-    monkeypatch.setattr(
-        attnjax.parallel, "context_attention",
-        lambda q, k, v, *, method, axis, **options: attention(q, k, v, **options), raising=False,
-    )  # fmt: skip
     task, params = make(logits_chunk=6, z_loss=0.01)
     step = jax.jit(
         jax.value_and_grad(lambda p, x: task.loss(p, x, KEY, 0)[0]),
