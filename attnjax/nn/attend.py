@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from attnjax import parallel
 from attnjax.ops import attention
 from attnjax.parallel.rules import LOGICAL_AXES
 from attnjax.typing import Array
@@ -46,6 +47,4 @@ def attend(
     is_divided = mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
     if not is_divided or any(options.get(name) for name in _WHOLE):
         return attention(query, key, value, **options)
-    from attnjax.parallel import context_attention
-
-    return context_attention(query, key, value, method=method, axis=axis, **options)
+    return parallel.context_attention(query, key, value, method=method, axis=axis, **options)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from attnjax.ops import mask as masks
 from attnjax.ops.attention import attention
 from attnjax.ops.linear import feature_attention
-from attnjax.ops.mixers.template import Attention, masked, matrix_times
+from attnjax.ops.mixers.template import Attention, masked, matrix_times, without_padding
 from attnjax.typing import Array
 
 KERNELS = ("exp", "rbf", "linear", "polynomial", "cosine")
@@ -178,9 +178,7 @@ class Kernel(Attention):
         return gram_bnts / (gram_bnts.sum(axis=-1, keepdims=True) + 1e-8)
 
     def _softmax_options(self, key, valid):
-        mask = masks.causal() if self.causal else masks.full()
-        if valid is not None:
-            mask = mask & masks.array(valid[:, None, None, :])
+        mask = without_padding(masks.causal() if self.causal else masks.full(), valid)
         if self.kernel == "exp":
             return mask, None, None
         scale = _rbf_scale(self.length_scale or None, key.shape[-1])

@@ -18,7 +18,7 @@ import numpy as np
 from attnjax.ops import mask as masks
 from attnjax.ops.attention import attention
 from attnjax.ops.mixers import chunks
-from attnjax.ops.mixers.template import Attention, check_positive, project
+from attnjax.ops.mixers.template import Attention, check_positive, project, without_padding
 from attnjax.ops.positions import rotate
 from attnjax.typing import Array, Params
 
@@ -89,8 +89,7 @@ class SegmentRecurrence(Attention):
         del params
         segment = np.arange(query.shape[1]) // self.segment
         mask = masks.causal() & masks.array(segment[:, None] - segment[None, :] <= 1)
-        if valid is not None:
-            mask = mask & masks.array(valid[:, None, None, :])
+        mask = without_padding(mask, valid)
         return attention(query, key, key, mask=mask, return_probabilities=True).probabilities
 
     def mixing_flops(self, length, dim, heads):

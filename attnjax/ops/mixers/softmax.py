@@ -8,7 +8,6 @@ transformers. The core `attnjax.ops.attention` computes all of them and skips ti
 """
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -16,8 +15,7 @@ import numpy as np
 from attnjax.ops import mask as masks
 from attnjax.ops.attention import attention
 from attnjax.ops.mask import Mask
-from attnjax.ops.mixers.template import Attention, check_positive
-from attnjax.typing import Array
+from attnjax.ops.mixers.template import Attention, check_positive, without_padding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +41,12 @@ class Softmax(Attention):
 
     def attend(self, params, query, key, value, valid):
         del params
-        mask = _without_padding(self.visible(query.shape[1]), valid)
+        mask = without_padding(self.visible(query.shape[1]), valid)
         return attention(query, key, value, mask=mask, implementation=self.implementation)
 
     def weights(self, params, query, key, valid):
         del params
-        mask = _without_padding(self.visible(query.shape[1]), valid)
+        mask = without_padding(self.visible(query.shape[1]), valid)
         return attention(query, key, key, mask=mask, return_probabilities=True).probabilities
 
     def mixing_flops(self, length, dim, heads):
@@ -105,7 +103,7 @@ class Dilated(Window):
         check_positive(self, "window", "dilation")
 
     def visible(self, length):
-        return masks.predicate(_dilated(self.reach, self.dilation, self.causal))
+        return masks.predicate(_Dilated(self.reach, self.dilation, self.causal))
 
     def keys_per_query(self, length):
         return min(length, super().keys_per_query(length) + (1 if self.causal else 2))
@@ -193,16 +191,17 @@ class Block(Softmax):
         return max(1, math.ceil(length / self.block) - 1)
 
 
-@functools.lru_cache(maxsize=64)
-def _dilated(reach, dilation, is_causal):
-    def sees(query, key):
+@dataclasses.dataclass(frozen=True)
+class _Dilated:
+    """Sees what `Dilated` does; equal ones are one to the compiler."""
+
+    reach: int
+    dilation: int
+    is_causal: bool
+
+    def __call__(self, query, key):
         distance = query - key
-        inside = (distance % dilation == 0) & (abs(distance) <= reach * dilation)
+        near = abs(distance) <= self.reach * self.dilation
+        inside = (distance % self.dilation == 0) & near
         inside = inside | (abs(distance) <= 1)
-        return inside & (distance >= 0) if is_causal else inside
-
-    return sees
-
-
-def _without_padding(mask: Mask, valid: Array | None) -> Mask:
-    return mask if valid is None else mask & masks.array(valid[:, None, None, :])
+        return inside & (distance >= 0) if self.is_causal else inside

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from attnjax.ops import mask as masks
+from attnjax.ops.mask import Mask
 from attnjax.ops.positions import rotate, sinusoids
 from attnjax.typing import Array, Params, PRNGKey
 
@@ -246,6 +248,11 @@ def check_positive(owner: Any, *names: str) -> None:
     for name in names:
         if getattr(owner, name) < 1:
             raise ValueError(f"{name}={getattr(owner, name)}: must be at least 1")
+
+
+def without_padding(mask: Mask, valid: Array | None) -> Mask:
+    """Hide the keys where `valid [b,s]` is False."""
+    return mask if valid is None else mask & masks.array(valid[:, None, None, :])
 
 
 def masked(x, valid):

@@ -24,6 +24,10 @@ MOST_ROUNDS = 64
 """Units of a rank that are moved one by one; more are left to the partitioner."""
 
 
+STRIP = (256, 8192)
+"""Queries and keys that are looked at together where a mask is no intervals."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
     """A table of positions.
@@ -61,11 +65,6 @@ class Layout:
         """Tokens that every rank holds, fillers included."""
         return self.positions.shape[1]
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether the dispatched sequence is the sequence itself."""
-        return self.is_contiguous and self.ranks * self.size == self.length
-
     def tables(self, rows: int) -> tuple[np.ndarray, int]:
         """Return positions in a form that is cheap to pick from, for `rows` groups of ranks.
 
@@ -96,9 +95,45 @@ class Layout:
         Args:
           visibility: static, for the sequence; examples and heads are averaged over.
         """
-        keys = np.asarray(visibility.visible_keys(self.length, self.length), np.float64)
-        keys = np.append(keys.mean(axis=(0, 1)), 0.0)
-        return keys[np.minimum(self.positions, self.length)].sum(axis=1)
+        return rank_areas(visibility, self.length, self.positions)
+
+
+def rank_areas(visibility: Visibility, length: int, positions: np.ndarray) -> np.ndarray:
+    """Count the elements of a mask that rows of queries see, float64 `[rows]`.
+
+    Args:
+      visibility: static, for as many queries as keys; the mean over examples and heads counts.
+      length: of the sequence.
+      positions: integers `[rows, queries]`; `length` and above count nothing.
+    """
+    keys = np.asarray(visibility.visible_keys(length, length), np.float64).mean(axis=(0, 1))
+    keys = np.append(np.broadcast_to(keys, (length,)), 0.0)
+    return keys[np.minimum(positions, length)].sum(axis=1)
+
+
+def seen_keys(visibility: Visibility, length: int, queries: np.ndarray) -> np.ndarray:
+    """Return which keys any of some queries sees, in any example and head, bool `[length]`.
+
+    Args:
+      visibility: static, for as many queries as keys.
+      length: of the sequence.
+      queries: integers below the length.
+    """
+    if visibility.rest is None and visibility.query_ids is None:
+        whole = visibility.with_intervals(length, length)
+        lower, upper = (x[..., queries].ravel() for x in (whole.lower, whole.upper))
+        count = lambda bounds: np.bincount(bounds, minlength=length + 1)
+        return np.cumsum(count(lower) - count(np.maximum(lower, upper)))[:length] > 0
+    seen = np.zeros(length, bool)
+    for row in range(0, len(queries), STRIP[0]):
+        some = queries[row : row + STRIP[0]]
+        rows = visibility.take(some, None, length, length)
+        for first in range(0, length, STRIP[1]):
+            keys = min(STRIP[1], length - first)
+            part = rows.window(0, len(some), first, keys, len(some), length)
+            found = np.asarray(part.dense(len(some), keys))
+            seen[first : first + keys] |= found.any(axis=(0, 1, 2))
+    return seen
 
 
 def contiguous(length: int, ranks: int, *, multiple: int = 1) -> Layout:
@@ -165,10 +200,8 @@ def balanced(mask: Mask | Visibility, length: int, ranks: int, chunk: int) -> La
         raise ValueError("a balanced layout needs a mask that is known while tracing")
     room = math.ceil(length / (ranks * chunk))
     count = room * ranks
-    keys = np.zeros(count * chunk)
-    visible = np.asarray(visibility.visible_keys(length, length), np.float64)
-    keys[:length] = visible.mean(axis=(0, 1))
-    work = keys.reshape(count, chunk).sum(axis=1)
+    chunks = np.arange(count * chunk).reshape(count, chunk)
+    work = rank_areas(visibility, length, chunks)
     heap = [(0.0, 0, rank) for rank in range(ranks)]
     chosen: list[list[int]] = [[] for _ in range(ranks)]
     for index in np.argsort(-work, kind="stable"):
@@ -176,9 +209,8 @@ def balanced(mask: Mask | Visibility, length: int, ranks: int, chunk: int) -> La
         chosen[rank].append(int(index))
         if held + 1 < room:
             heapq.heappush(heap, (done + work[index], held + 1, rank))
-    chunks = np.sort(np.array(chosen), axis=1)
-    positions = chunks[:, :, None] * chunk + np.arange(chunk)
-    return Layout(positions.reshape(ranks, -1).astype(np.int32), length, unit=chunk)
+    positions = chunks[np.sort(np.array(chosen), axis=1)].reshape(ranks, -1)
+    return Layout(positions.astype(np.int32), length, unit=chunk)
 
 
 def hybrid(lengths: Sequence[int], ranks: int, *, tokens: int = 8192) -> Layout:

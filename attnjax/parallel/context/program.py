@@ -72,10 +72,23 @@ class Program:
         """How often key/value heads must be repeated so that they can be shared."""
         n, k = self.heads
         return next(
-            m
-            for m in range(1, n // k + 1)
-            if k * m % self.heads_ways == 0 and n % (k * m) == 0 and (n // k) % m == 0
+            m for m in range(1, n // k + 1) if k * m % self.heads_ways == 0 and n % (k * m) == 0
         )
+
+    @property
+    def by_token(self) -> P:
+        """Partition of `[b,t,...]`."""
+        return P(None, self.axis_name)
+
+    @property
+    def by_row(self) -> P:
+        """Partition of `[b,n,t]`."""
+        return P(None, None, self.axis_name)
+
+    @property
+    def by_rank(self) -> P:
+        """Partition of what every rank has of its own, one after another."""
+        return P(self.axis_name)
 
     def shard(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """Wrap a function of one rank."""
@@ -165,7 +178,8 @@ class Rank:
             query=query, key=block[..., :start], value=block[..., start:], visibility=visibility,
             bias=None if bias is None else self.take_bias(bias, positions), scale=program.scale,
             softcap=program.softcap, normalizer=normalizer, probability_heads=(), score_heads=(),
-            edit=None, dropout_rate=program.dropout_rate, dropout_key=others.dropout_key,
+            edit=None, dropout_rate=program.dropout_rate,
+            dropout_key=others.dropout_key if program.dropout_rate else None,
             tuning=program.tuning, is_partial=True, place=place,
             **{"extra_logit": None, "return_lse": normalizer is None, "statistics": ()} | options,
         )  # fmt: skip
@@ -256,7 +270,8 @@ def _backward_rank(program, saved, bias, normalizer, others, dout, dlse):
 
 def _statistics_rank(program, saved, bias, normalizer, extra, others):
     query, block, _, lse, parts = jax.tree.map(lambda x: x[0], saved)
-    rank = Rank(program, others, query.shape[2])
+    # Statistics are about weights before dropout.
+    rank = Rank(dataclasses.replace(program, dropout_rate=0.0), others, query.shape[2])
     total = lse
     if extra is not None:
         b, n = query.shape[0], program.heads[0]
@@ -277,15 +292,9 @@ def _statistics_rank(program, saved, bias, normalizer, extra, others):
             # Beside this block's keys, all the others are one more logit of the denominator.
             below = jnp.minimum(parts[index] - total, 0.0)
             options["extra_logit"] = total + jnp.log(-jnp.expm1(below))
-            options["return_lse"] = True
-        call = dataclasses.replace(
-            rank.call(query, block, positions, bias, normalizer, **options), dropout_rate=0.0,
-            dropout_key=None, place=None,
-        )  # fmt: skip
+        call = rank.call(query, block, positions, bias, normalizer, **options)
         found = serve(call, program.implementation).statistics
-        mass = (
-            found["key_mass"].swapaxes(1, 2) if "key_mass" in found else jnp.zeros(block.shape[:2])
-        )
+        mass = found["key_mass"].swapaxes(1, 2) if "key_mass" in found else None
         own = {name: found[name] for name in rows}
         if sums is not None:
             own = {
@@ -313,16 +322,10 @@ def _attend(program, query, key, value, bias, normalizer, others):
 
 
 def _attend_forward(program, query, key, value, bias, normalizer, others):
-    tokens, rows, stacked = (
-        P(None, program.axis_name),
-        P(None, None, program.axis_name),
-        P(program.axis_name),
-    )
-    rank = functools.partial(_forward_rank, program)
     out, lse, saved = program.shard(
-        rank,
-        (tokens, tokens, tokens, *_array_specs(program, bias, normalizer, others)),
-        (tokens, rows, stacked),
+        functools.partial(_forward_rank, program),
+        (*(program.by_token,) * 3, *_array_specs(program, bias, normalizer, others)),
+        (program.by_token, program.by_row, program.by_rank),
     )(query, key, value, bias, normalizer, others)
     return (out, lse, saved), (saved, bias, normalizer, others)
 
@@ -330,15 +333,11 @@ def _attend_forward(program, query, key, value, bias, normalizer, others):
 def _attend_backward(program, kept, cotangents):
     saved, bias, normalizer, others = kept
     dout, dlse, _ = cotangents
-    tokens, rows, stacked = (
-        P(None, program.axis_name),
-        P(None, None, program.axis_name),
-        P(program.axis_name),
-    )
     specs = _array_specs(program, bias, normalizer, others)
-    rank = functools.partial(_backward_rank, program)
     gradients = program.shard(
-        rank, (stacked, *specs, tokens, rows), (tokens, tokens, tokens, *specs[:2])
+        functools.partial(_backward_rank, program),
+        (program.by_rank, *specs, program.by_token, program.by_row),
+        (*(program.by_token,) * 3, *specs[:2]),
     )(saved, bias, normalizer, others, dout, dlse)
     return *gradients, None
 
@@ -373,15 +372,13 @@ def attend(
     found = {}
     if program.statistics:
         saved, bias, normalizer = jax.lax.stop_gradient((saved, bias, normalizer))
-        rows = P(None, None, program.axis_name)
         extra_spec = None
         if extra_logit is not None:
-            extra_spec = rows if extra_logit.shape[2] > 1 else P()
+            extra_spec = program.by_row if extra_logit.shape[2] > 1 else P()
         specs = _array_specs(program, bias, normalizer, others)
-        rank = functools.partial(_statistics_rank, program)
         found = program.shard(
-            rank,
-            (P(program.axis_name), *specs[:2], extra_spec, specs[2]),
-            dict.fromkeys(program.statistics, rows),
+            functools.partial(_statistics_rank, program),
+            (program.by_rank, *specs[:2], extra_spec, specs[2]),
+            dict.fromkeys(program.statistics, program.by_row),
         )(saved, bias, normalizer, extra_logit, others)
     return out, lse, found

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from attnjax.ops.mask import Runs, Visibility
-from attnjax.parallel.context.layout import Layout, as_positions
+from attnjax.parallel.context.layout import Layout, as_positions, seen_keys
 from attnjax.typing import Array
 
 UNROLLED = 8
@@ -406,22 +406,5 @@ def selected(visibility: Visibility, layout: Layout, *, stages: int = 2) -> Sele
 
 def needed_keys(visibility: Visibility, layout: Layout) -> np.ndarray:
     """Return which keys some query of each rank sees, bool `[ranks, length]`."""
-    length = layout.length
-    needed = np.zeros((layout.ranks, length), bool)
-    is_plain = visibility.query_ids is None and visibility.rest is None
-    for rank, row in enumerate(layout.positions):
-        queries = row[row < length]
-        if is_plain:
-            whole = visibility.with_intervals(length, length)
-            lower, upper = whole.lower[..., queries], whole.upper[..., queries]
-            is_some = lower < upper
-            edges = np.zeros(length + 1, np.int64)
-            np.add.at(edges, lower[is_some], 1)
-            np.add.at(edges, upper[is_some], -1)
-            needed[rank] = np.cumsum(edges)[:-1] > 0
-            continue
-        for start in range(0, len(queries), 256):
-            some = queries[start : start + 256]
-            seen = visibility.take(some, None, length, length).dense(len(some), length)
-            needed[rank] |= np.asarray(seen).any(axis=(0, 1, 2))
-    return needed
+    rows = (row[row < layout.length] for row in layout.positions)
+    return np.stack([seen_keys(visibility, layout.length, row) for row in rows])
