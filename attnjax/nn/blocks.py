@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-norm transformer encoder block and its parts."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -20,6 +22,14 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+"""Nonlinearities of channel stages by name: exact GELU, its tanh approximation (GPT-2), ReLU."""
+
+
 def drop_path(key: PRNGKey, x: Array, rate: float) -> Array:
     """Zero whole examples of a residual branch and rescale the others (stochastic depth).
 
@@ -36,26 +46,30 @@ def drop_path(key: PRNGKey, x: Array, rate: float) -> Array:
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear, back to the input's width.
+    """Linear, nonlinearity, linear, back to the input's width.
 
     Attributes:
       hidden: width f in the middle.
       dropout: rate after each linear map while training.
       dtype: compute dtype.
+      activation: key of `ACTIVATIONS`.
+      kernel_init: draws both matrices.
     """
 
     hidden: int
     dropout: float = 0.0
     dtype: str = "float32"
+    activation: str = "gelu"
+    kernel_init: Callable[..., Array] = LINEAR
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Map `x [b, t, d]` to `[b, t, d]`."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        up = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=LINEAR, name="up")
-        down = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=LINEAR, name="down")
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
+        up, down = dense(self.hidden, name="up"), dense(x.shape[-1], name="down")
         hidden_btf = constrain(up(x), "batch", "sequence", "mlp")
-        return drop(down(drop(gelu(hidden_btf))))
+        return drop(down(drop(ACTIVATIONS[self.activation](hidden_btf))))
 
 
 class EncoderBlock(nn.Module):
