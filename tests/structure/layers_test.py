@@ -9,11 +9,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "attnjax"
 
-_GROUND = {"attnjax", "typing", "timing", "errors", "registry", "recipe"}
+_GROUND = {"attnjax", "audio", "typing", "timing", "errors", "registry", "recipe"}
 
 # What each part of the package may import from it; "attnjax" is the lazy root module.
 ALLOWED = {
     "attnjax": set(),
+    "audio": set(),
     "typing": set(),
     "timing": set(),
     "errors": set(),
