@@ -58,7 +58,9 @@ BACKBONES = {
 """Networks that systems and recipes start from; no paper of their own."""
 
 MODELS = {
+    "fastspeech2": "attnjax.models.fastspeech2:FastSpeech2",
     "sequence_mixer": "attnjax.models.sequence_mixer:SequenceMixer",
+    "transformer_tts": "attnjax.models.transformer_tts:TransformerTTS",
 }
 """Models that belong to a system of another kind."""
 

@@ -66,6 +66,14 @@ def conv(params: str, tensor: str) -> tuple[Rule, Rule]:
     )
 
 
+def conv1d(params: str, tensor: str) -> tuple[Rule, Rule]:
+    """Relate a one-dimensional convolution `[t, in, out]` to one `[out, in, t]`."""
+    return (
+        rule(f"{params}/kernel", f"{tensor}.weight", "conv1d"),
+        rule(f"{params}/bias", f"{tensor}.bias"),
+    )
+
+
 def norm(params: str, tensor: str) -> tuple[Rule, Rule]:
     """Relate the scale and bias of a norm to its weight and bias."""
     return rule(f"{params}/scale", f"{tensor}.weight"), rule(f"{params}/bias", f"{tensor}.bias")
@@ -115,6 +123,7 @@ LAYOUTS = {
         lambda x: x.transpose(3, 2, 0, 1),
         lambda x, s: x.transpose(2, 3, 1, 0),
     ),
+    "conv1d": (lambda s: tuple(s[::-1]), lambda x: x.T, lambda x, s: x.T),
 }
 
 
