@@ -168,7 +168,9 @@ def log_mel(wave: Any, mel: Mel, lengths: Any = None) -> Any:
     """Return the log-mel spectrogram `[..., frames, bands]` of a wave; arguments as in `stft`."""
     xp = _library(wave)
     magnitude = xp.abs(stft(wave, mel.window, mel.hop, lengths))
-    energy = (magnitude if mel.power == 1 else magnitude**mel.power) @ mel.filters
+    energy = magnitude if mel.power == 1 else magnitude**mel.power
+    # Not "@": the threads of NumPy's matrix product wait for each other in many data workers.
+    energy = xp.einsum("...f,fm->...m", energy, mel.filters)
     return xp.log(xp.maximum(energy, mel.floor) + mel.offset)
 
 

@@ -68,7 +68,9 @@ TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
     "language": "attnjax.tasks.language:LanguageModelling",
     "next_token": "attnjax.tasks.sequence:NextToken",
+    "parallel_speech": "attnjax.tasks.speech:ParallelSpeech",
     "position_regression": "attnjax.tasks.sequence:PositionRegression",
+    "stepwise_speech": "attnjax.tasks.speech:StepwiseSpeech",
 }
 
 SOURCES = {
@@ -87,9 +89,11 @@ SOURCES = {
     "lra_pathfinder": "attnjax.data.lra:LraPathfinder",
     "lra_retrieval": "attnjax.data.lra:LraRetrieval",
     "lra_text": "attnjax.data.lra:LraText",
+    "lj_speech": "attnjax.data.speech:LjSpeech",
     "moving_average": "attnjax.data.sequences:MovingAverage",
     "needle": "attnjax.data.sequences:Needle",
     "pathfinder": "attnjax.data.sequences:Pathfinder",
+    "synthetic_speech": "attnjax.data.speech:SyntheticSpeech",
     "text_bytes": "attnjax.data.lra:TextBytes",
 }
 

@@ -121,7 +121,8 @@ def _distortion(
         jnp.full(wave.shape[0], wave.shape[1]) if length is None else length
         for wave, length in zip(waves, lengths, strict=True)
     ]
-    x, y = (features(audio.log_mel(w, mel, n)) for w, n in zip(waves, lengths, strict=True))
+    with jax.default_matmul_precision("float32"):  # Logarithms of small sums show every digit.
+        x, y = (features(audio.log_mel(w, mel, n)) for w, n in zip(waves, lengths, strict=True))
     count = functools.partial(audio.frame_count, hop=mel.hop)
     x_frames, y_frames = (count(length) for length in lengths)
     cost_b = warped_cost(x, y, x_frames, y_frames)

@@ -19,7 +19,7 @@ from attnjax.errors import RecipeError
 from attnjax.nn.attention import CAPTURE
 from attnjax.nn.norm import LayerNorm
 from attnjax.nn.pattern_attention import choose_attention
-from attnjax.nn.speech import ConvolutionStack, ScaledPositions, dense
+from attnjax.nn.speech import PRENET, ConvolutionStack, ScaledPositions, dense
 from attnjax.nn.transformer import TransformerLayer
 from attnjax.ops.efficient import PatternAttention, Stream
 from attnjax.parallel.constrain import constrain
@@ -42,9 +42,6 @@ PRESETS = {
         "net_widths": (32, 32),
     },
 }  # fmt: skip
-
-PRENET = "prenet"
-"""Name of the random stream of the decoder prenet's dropout, which also acts outside training."""
 
 PRENET_DROPOUT = 0.5
 CONVOLUTIONS, POSTNET_LAYERS, KERNEL = 3, 5, 5

@@ -25,6 +25,9 @@ GAINS = {"relu": 2.0, "tanh": 25 / 9, "linear": 1.0}
 GROUPS = 32
 """Most groups of a norm; fewer where they would not divide the channels."""
 
+PRENET = "prenet"
+"""Name of the random stream of a decoder prenet's dropout, which also acts outside training."""
+
 _FIRST_POSITION = 2
 
 

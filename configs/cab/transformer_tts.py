@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformer-TTS with any attention: tones that are known from their phonemes, or LJSpeech.
+
+Attentions are --config.model.encoder_attention=NAME, decoder_attention and cross_attention.
+Variants: "tones" (the default); "ljspeech", the model and settings of CAB (arXiv 2210.07661, with
+softmax MCD 4.095 and MSD 2.199 on the test chapters).
+
+Run:     python -m launch.train --config=configs/cab/transformer_tts.py --workdir=DIR
+Data:    generated; for :ljspeech, LJSpeech-1.1 under data/LJSpeech-1.1 and a dictionary such as
+         CMUdict as its cmudict.txt, whose symbols decide model.vocab_size; take task.mel_mean and
+         task.mel_deviation from attnjax.data.speech.mel_statistics
+Cost:    MINUTES on two CPU cores; :ljspeech was not run by us
+Expect:  RESULT
+"""
+
+from attnjax.errors import RecipeError
+from attnjax.recipe import Checkpoint, Data, Evaluation, Optim, Recipe, Report
+from attnjax.registry import nearest
+
+VARIANTS = ("tones", "ljspeech")
+
+
+def get_config(variant: str = "") -> Recipe:
+    variant = variant or VARIANTS[0]
+    if variant not in VARIANTS:
+        raise RecipeError(f"unknown variant {variant!r}: {nearest(variant, VARIANTS)}")
+    return _tones() if variant == "tones" else _ljspeech()
+
+
+def _tones() -> Recipe:
+    source = {"name": "synthetic_speech", "length": 10, "frames": 64, "alphabet": 12}
+    return Recipe(
+        seed=0,
+        steps=300,
+        batch=16,
+        model={
+            "name": "transformer_tts",
+            "vocab_size": 16,
+            "length": 10,
+            "frames": 64,
+            "width": 64,
+            "depths": (2, 2),
+            "num_heads": 4,
+            "hidden": 128,
+            "net_widths": (64, 64),
+            "dropout": 0.0,
+        },
+        task={"name": "stepwise_speech", "mel_mean": -4.7, "mel_deviation": 2.5},
+        data=Data(source={**source, "split": "train"}),
+        optim=Optim(lr=2e-3, warmup=30, clip=5.0),
+        evals={
+            "test": Evaluation(data=Data(source={**source, "split": "test", "size": 32}), batch=16)
+        },
+        checkpoint=Checkpoint(every=300, keep=1),
+        report=Report(every=50, samples=0),
+    )
+
+
+def _ljspeech() -> Recipe:
+    root = "data/LJSpeech-1.1"
+    source = {"name": "lj_speech", "root": root, "dictionary": f"{root}/cmudict.txt"}
+    return Recipe(
+        seed=1,
+        steps=200_000,
+        batch=48,
+        model={"name": "transformer_tts", "preset": "cab", "vocab_size": 115},
+        task={"name": "stepwise_speech", "mel_mean": -5.5, "mel_deviation": 2.1},
+        data=Data(source={**source, "split": "train"}, workers=4),
+        optim=Optim(lr=5e-4, warmup=4_000, decay="inverse_sqrt", clip=5.0, accumulate=8),
+        evals={
+            "dev": Evaluation(data=Data(source={**source, "split": "dev"}), every=10_000, batch=8),
+            "test": Evaluation(data=Data(source={**source, "split": "test"}), batch=8),
+        },
+        checkpoint=Checkpoint(every=5_000, keep=5),
+        report=Report(every=100, samples=0),
+    )
