@@ -24,6 +24,7 @@ from attnjax.nn.speech import Convolution, ScaledPositions, dense, regulate_leng
 from attnjax.ops.efficient import PatternAttention
 from attnjax.parallel.constrain import constrain
 from attnjax.recipe import check_arguments
+from attnjax.registry import nearest
 from attnjax.typing import Array
 from attnjax.weights.names import conv1d, linear, norm, output, projections, rule
 
@@ -35,6 +36,8 @@ PAPER = {
     "licence": "MIT",
     "claim": "Speech made in one pass is as good as that of autoregressive models.",
 }
+
+REMATS = ("none", "blocks")
 
 # Sizes of fairseq's reference code, with CAB's dropout; 74 symbols: the 69 phonemes of English with
 # stress, silence, and the special ones.
@@ -214,6 +217,7 @@ class FastSpeech2(nn.Module):
       attention_dropout: rate on probabilities while training.
       attention: of all blocks; see `nn.pattern_attention.choose_attention`.
       dtype: compute dtype.
+      remat: "none", or "blocks" to compute blocks again in the backward pass.
       attention_implementation: passed to `nn.attend`.
     """
 
@@ -231,9 +235,12 @@ class FastSpeech2(nn.Module):
     attention_dropout: float = 0.1
     attention: Any = None
     dtype: str = "float32"
+    remat: str = "none"
     attention_implementation: str | None = None
 
     def __post_init__(self):
+        if self.remat not in REMATS:
+            raise RecipeError(f"model.remat={self.remat!r}: {nearest(self.remat, REMATS)}")
         for name in ("vocab_size", "length", "frames", "mels", "width", "num_heads", "hidden"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"model.{name}={getattr(self, name)}: must be at least 1")
@@ -309,7 +316,10 @@ class FastSpeech2(nn.Module):
         return Output(mel_btc, frames_b, log_duration_bs, pitch_bs, energy_bs)
 
     def _block(self, name):
-        return FeedForwardBlock(
+        block = FeedForwardBlock
+        if self.remat == "blocks":
+            block = nn.remat(FeedForwardBlock, static_argnums=(3,))
+        return block(
             self.build_attention(), self.num_heads, self.hidden, self.kernel, self.dropout,
             self.attention_dropout, self.dtype, self.attention_implementation, name=name,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from attnjax.nn.speech import PRENET, ConvolutionStack, ScaledPositions, dense
 from attnjax.nn.transformer import TransformerLayer
 from attnjax.ops.efficient import PatternAttention, Stream
 from attnjax.parallel.constrain import constrain
+from attnjax.registry import nearest
 from attnjax.typing import Array, Params, PRNGKey
 
 PAPER = {
@@ -34,12 +35,13 @@ PAPER = {
     "claim": "Attention in place of recurrence trains faster and sounds as good.",
 }
 
+REMATS = ("none", "blocks")
+
 # Sizes of fairseq's reference code with the options of CAB; 74 symbols as in FastSpeech 2.
 PRESETS = {
     "cab": {"vocab_size": 74, "length": 256, "frames": 1_200},
     "tiny": {
         "length": 12, "frames": 64, "width": 32, "depths": (1, 1), "num_heads": 2, "hidden": 64,
-        "net_widths": (32, 32),
     },
 }  # fmt: skip
 
@@ -73,16 +75,16 @@ class TransformerTTS(nn.Module):
       frames: t, most frames of an example; a multiple of r.
       mels: c, bands of a frame.
       frames_per_step: r.
-      width: d.
+      width: d, also of the convolutions; the decoder's prenet has half of it.
       depths: layers of the encoder and of the decoder.
       num_heads: attention heads.
       hidden: hidden width of the MLPs.
-      net_widths: channels of the decoder's prenet and postnet.
       dropout: rate after embeddings, on branches and on probabilities while training; convolutions
         and prenet have 0.5.
       encoder_attention, decoder_attention, cross_attention: see
         `nn.pattern_attention.choose_attention`.
       dtype: compute dtype.
+      remat: "none", or "blocks" to compute layers again in the backward pass.
       attention_implementation: passed to `nn.attend`.
     """
 
@@ -95,15 +97,17 @@ class TransformerTTS(nn.Module):
     depths: tuple = (6, 6)
     num_heads: int = 4
     hidden: int = 2_048
-    net_widths: tuple = (256, 512)
     dropout: float = 0.1
     encoder_attention: Any = None
     decoder_attention: Any = None
     cross_attention: Any = None
     dtype: str = "float32"
+    remat: str = "none"
     attention_implementation: str | None = None
 
     def __post_init__(self):
+        if self.remat not in REMATS:
+            raise RecipeError(f"model.remat={self.remat!r}: {nearest(self.remat, REMATS)}")
         for name in ("vocab_size", "length", "frames", "mels", "frames_per_step", "width",
                      "num_heads", "hidden"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -118,10 +122,8 @@ class TransformerTTS(nn.Module):
                 f"model.width={self.width}: must be even, and a multiple of the {self.num_heads} "
                 "heads"
             )
-        for name in ("depths", "net_widths"):
-            value = getattr(self, name)
-            if len(value) != 2 or min(value) < 1:
-                raise RecipeError(f"model.{name}={value!r}: must be two numbers of at least 1")
+        if len(self.depths) != 2 or min(self.depths) < 1:
+            raise RecipeError(f"model.depths={self.depths!r}: must be two numbers of layers")
         self.build_attentions()
         super().__post_init__()
 
@@ -137,12 +139,15 @@ class TransformerTTS(nn.Module):
 
     def setup(self):
         encoder, decoder, cross = self.build_attentions()
-        layer = lambda attention, cross=None: TransformerLayer(
+        layer_class = TransformerLayer
+        if self.remat == "blocks":
+            layer_class = nn.remat(TransformerLayer, static_argnums=(6,))
+        layer = lambda attention, cross=None: layer_class(
             self.num_heads, self.hidden, attention, cross, activation="relu", dropout=self.dropout,
             attention_dropout=self.dropout, dtype=self.dtype,
             implementation=self.attention_implementation,
         )  # fmt: skip
-        d, (prenet, postnet), out = self.width, self.net_widths, self.mels * self.frames_per_step
+        d, prenet, out = self.width, self.width // 2, self.mels * self.frames_per_step
         linear = lambda features, fan_in, dtype=self.dtype: dense(features, dtype, None, fan_in)
         self.embedding = self.param(
             "embedding", nn.initializers.normal(1.0), (self.vocab_size, d), jnp.float32
@@ -158,7 +163,7 @@ class TransformerTTS(nn.Module):
         self.decoder = [layer(decoder, cross) for _ in range(self.depths[1])]
         self.decoder_norm = LayerNorm(1e-5, self.dtype)
         self.mel_head, self.end_head = linear(out, d, "float32"), linear(1, d, "float32")
-        widths = (postnet,) * (POSTNET_LAYERS - 1) + (out,)
+        widths = (d,) * (POSTNET_LAYERS - 1) + (out,)
         self.postnet = ConvolutionStack(widths, KERNEL, "tanh", True, dtype=self.dtype)
         self.drop = nn.Dropout(self.dropout)
         self.prenet_drop = nn.Dropout(PRENET_DROPOUT, rng_collection=PRENET)
@@ -304,12 +309,12 @@ class TransformerTTS(nn.Module):
         """Count the operations of one example's forward pass; a multiply-add is two."""
         encoder, decoder, cross = self.build_attentions()
         d, n, s, t = self.width, self.num_heads, self.length, self.frames // self.frames_per_step
-        out, (prenet, postnet) = self.mels * self.frames_per_step, self.net_widths
+        out, prenet = self.mels * self.frames_per_step, self.width // 2
         reader = encoder.flops(s, s, d, n) + 4.0 * s * d * self.hidden
         writer = decoder.flops(t, t, d, n) + cross.flops(t, s, d, n) + 4.0 * t * d * self.hidden
         convolutions = CONVOLUTIONS * KERNEL * d * d + d * d
         nets = prenet * (out + prenet + d) + d * (out + 1)
-        nets += KERNEL * postnet * (2 * out + (POSTNET_LAYERS - 2) * postnet)
+        nets += KERNEL * d * (2 * out + (POSTNET_LAYERS - 2) * d)
         layers = self.depths[0] * reader + self.depths[1] * writer
         return layers + 2.0 * (s * convolutions + t * nets)
 

@@ -42,7 +42,6 @@ def _tones() -> Recipe:
             "depths": (2, 2),
             "num_heads": 4,
             "hidden": 128,
-            "net_widths": (64, 64),
             "dropout": 0.0,
         },
         task={"name": "stepwise_speech", "mel_mean": -4.7, "mel_deviation": 2.5},

@@ -22,7 +22,7 @@ TINY = {"vocab_size": 9, "length": 6, "frames": 16, "mels": 4, "width": 16, "dep
         "num_heads": 2, "hidden": 24}  # fmt: skip
 OWN = {
     "fastspeech2": {"kernel": 3, "variance": {"width": 8, "bins": 8}},
-    "transformer_tts": {"frames_per_step": 2, "net_widths": (8, 16)},
+    "transformer_tts": {"frames_per_step": 2},
 }
 LOCAL = {
     "fastspeech2": {"attention": {"name": "local", "window": 2}},
@@ -146,7 +146,9 @@ def assert_equal(found, expected, model, rows=(0, 1), tolerance=SAME_MATH):
     np.testing.assert_array_equal(np.asarray(found.frames)[list(rows)], expected.frames[rows,])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["fastspeech2", pytest.param("transformer_tts", marks=pytest.mark.slow)]
+)
 def test_local_attention_and_half_precision(name):
     model, params = prepared(name, is_local=True)
     batch = draw(model)
@@ -160,16 +162,19 @@ def test_local_attention_and_half_precision(name):
         assert difference.mean() < HALF * scale
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["fastspeech2", pytest.param("transformer_tts", marks=pytest.mark.slow)]
+)
 def test_every_parameter_is_trained(name):
     model, params = prepared(name)
     batch = draw(model)
     keys = {"dropout": jax.random.key(0), "prenet": jax.random.key(1)}
+    remat = dataclasses.replace(model, remat="blocks")
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params):
         def total(params):
-            output = model.apply({"params": params}, **batch, train=True, rngs=keys)
+            output = remat.apply({"params": params}, **batch, train=True, rngs=keys)
             return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(output) if x.ndim > 1)
 
         return jax.grad(total)(params)
@@ -207,7 +212,7 @@ def test_predicted_variances_take_the_place_of_given_ones():
     assert_equal(again, free, model)
 
 
-@pytest.mark.parametrize("is_local", [False, True])
+@pytest.mark.parametrize("is_local", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_synthesis_writes_what_the_parallel_pass_predicts(is_local):
     model, params = prepared("transformer_tts", is_local)
     phonemes = draw(model)["phonemes"]
@@ -261,7 +266,7 @@ def test_maps_show_the_last_layer(name):
         ("fastspeech2", {"variance": {"pitch": (3.0, 1.0)}}, "model.variance.pitch"),
         ("transformer_tts", {"frames": 15}, "model.frames=15: must be a multiple"),
         ("transformer_tts", {"cross_attention": "local"}, "Local has no causal_cross form"),
-        ("transformer_tts", {"net_widths": (4,)}, "model.net_widths"),
+        ("transformer_tts", {"remat": "all"}, "model.remat='all'.*blocks"),
         ("transformer_tts", {"hidden": 0}, "model.hidden=0"),
     ],
 )
