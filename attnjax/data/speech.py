@@ -34,6 +34,8 @@ WORD_BOUNDARY = "|"
 _SPLITS = {"test": ("LJ001", "LJ002"), "dev": ("LJ003",)}
 """Chapters of held-out splits, as in FastSpeech; all others are "train"."""
 
+_HEADER = 44  # bytes of a WAV file before its samples
+
 _FOLDED = str.maketrans("\u201c\u201d\u2018\u2019\u2013\u2014", "\"\"''--")
 _WORD = re.compile(r"[A-Za-z']+|[^A-Za-z'\s]")
 
@@ -125,7 +127,7 @@ class LjSpeech:
         path = self._path(name)
         if not path.is_file():
             raise RecipeError(f"{path}: no such file, but metadata.csv has {name}")
-        return audio.frame_count(path.stat().st_size // 2, self.mel.hop)
+        return audio.frame_count((path.stat().st_size - _HEADER) // 2, self.mel.hop)
 
     def _path(self, name):
         return self._folder / "wavs" / f"{name}.wav"

@@ -3,5 +3,22 @@
 
 from attnjax.losses.classification import cross_entropy, soft_targets
 from attnjax.losses.language import TokenLosses, token_losses
+from attnjax.losses.speech import (
+    duration_error,
+    end_error,
+    mean_error,
+    mel_error,
+    squared_error,
+)
 
-__all__ = ["TokenLosses", "cross_entropy", "soft_targets", "token_losses"]
+__all__ = [
+    "TokenLosses",
+    "cross_entropy",
+    "duration_error",
+    "end_error",
+    "mean_error",
+    "mel_error",
+    "soft_targets",
+    "squared_error",
+    "token_losses",
+]

@@ -4,6 +4,7 @@
 from attnjax.metrics.confusion import ConfusionMatrix
 from attnjax.metrics.language import BitsPerByte, Perplexity
 from attnjax.metrics.mean import Accuracy, Mean, TopK
+from attnjax.metrics.speech import mel_cepstral_distortion, mel_spectral_distortion
 from attnjax.metrics.state import Metric, compute, merge
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "Perplexity",
     "TopK",
     "compute",
+    "mel_cepstral_distortion",
+    "mel_spectral_distortion",
     "merge",
 ]

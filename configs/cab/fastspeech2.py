@@ -31,7 +31,7 @@ def _tones() -> Recipe:
     source = {"name": "synthetic_speech", "length": 10, "frames": 64, "alphabet": 12}
     return Recipe(
         seed=0,
-        steps=300,
+        steps=1_000,
         batch=16,
         model={
             "name": "fastspeech2",
@@ -42,7 +42,7 @@ def _tones() -> Recipe:
             "depths": (2, 2),
             "hidden": 128,
             "kernel": 3,
-            "variance": {"width": 64, "dropout": 0.1},
+            "variance": {"width": 64, "dropout": 0.0},
             "dropout": 0.0,
             "attention_dropout": 0.0,
         },
@@ -52,8 +52,8 @@ def _tones() -> Recipe:
         evals={
             "test": Evaluation(data=Data(source={**source, "split": "test", "size": 32}), batch=16)
         },
-        checkpoint=Checkpoint(every=300, keep=1),
-        report=Report(every=50, samples=0),
+        checkpoint=Checkpoint(every=1_000, keep=1),
+        report=Report(every=200, samples=0),
     )
 
 

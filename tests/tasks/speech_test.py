@@ -12,10 +12,11 @@ import pytest
 from attnjax import audio, metrics, recipe
 from attnjax.data.speech import SyntheticSpeech
 from attnjax.errors import RecipeError
+from attnjax.losses import mean_error
 from attnjax.metrics.speech import mel_cepstral_distortion
 from attnjax.models import build
 from attnjax.models.load import abstract_params
-from attnjax.parallel import make_mesh
+from attnjax.parallel import batch_sharding, make_mesh, tree_shardings
 from attnjax.recipe import Checkpoint, Evaluation, Report
 from attnjax.tasks import ParallelSpeech, StepwiseSpeech, Task
 from attnjax.train.loop import run
@@ -165,6 +166,23 @@ def test_a_step_of_training_uses_its_key(kind):
     other, _ = step(params, given(task), jax.random.key(1), 0)
     assert float(first) == float(again) != float(other)
     assert float(first) == pytest.approx(sum(float(x) for x in terms.values()), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_devices_change_nothing(kind):
+    task, params = make(kind)
+    rows = {name: np.concatenate([x, x[:1]]) for name, x in given(task).items()}
+    term = lambda p, x: sum(mean_error(error) for error in task.errors(p, x).values())
+    step = jax.jit(jax.value_and_grad(term), compiler_options=QUICK)
+    loss, gradients = step(params, rows)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, tree_shardings(params, mesh, task.param_axes)[0])
+        again, found = step(placed, jax.device_put(rows, batch_sharding(mesh)))
+    assert float(again) == pytest.approx(float(loss), rel=1e-5)
+    for path, leaf in flatten(jax.device_get(found)).items():
+        np.testing.assert_allclose(leaf, flatten(gradients)[path], atol=2e-5, err_msg=path)
 
 
 def test_predictions_are_raw_frames():
