@@ -206,10 +206,12 @@ class TextFiles(DocumentWindows):
 
 
 class StandardLibraryText(DocumentWindows):
-    """The handbook of the Python language that ships with Python: 0.46 million bytes of English.
+    """The handbook of the Python language that ships with Python: about 0.3 million bytes.
 
     Its topics (`pydoc_data.topics`) are the documents, in the order of their names; which are held
-    out depends on the names alone. The text differs a little between versions of Python.
+    out depends on the names alone. Topics quote each other: of equal paragraphs only the first is
+    kept, and none of training is among those held out. The text differs a little between versions
+    of Python.
 
     Args:
       split: "train", or "test": about a tenth of the topics.
@@ -220,16 +222,28 @@ class StandardLibraryText(DocumentWindows):
     def __init__(self, split: str = "train", length: int = 256, reserved: int = 0):
         if split not in _STREAMS:
             raise RecipeError(f"source.split={split!r}: must be 'train' or 'test'")
-        topics = importlib.import_module("pydoc_data.topics").topics
-        is_held_out = lambda name: zlib.crc32(name.encode()) % 10 == 0
-        names = [n for n in sorted(topics) if is_held_out(n) == (split == "test")]
         tokenizer = make_tokenizer(BYTES, reserved)
         self.vocab_size = tokenizer.vocab_size
-        self._documents = [tokenizer.encode(topics[name].encode()) for name in names]
+        self._documents = [tokenizer.encode(text.encode()) for text in _handbook()[split]]
         super().__init__([len(tokens) for tokens in self._documents], length)
 
     def _read(self, number, offset, count):
         return self._documents[number][offset : offset + count]
+
+
+def _handbook():
+    """Return the texts of both splits, without what they share."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    is_held_out = {name: zlib.crc32(name.encode()) % 10 == 0 for name in sorted(topics)}
+    texts: dict[str, list[str]] = {"train": [], "test": []}
+    seen: set[str] = set()
+    for name in sorted(topics, key=lambda name: (not is_held_out[name], name)):
+        paragraphs = dict.fromkeys(p.strip("\n") for p in topics[name].split("\n\n"))
+        new = [paragraph for paragraph in paragraphs if paragraph and paragraph not in seen]
+        seen.update(new)
+        if new:
+            texts["test" if is_held_out[name] else "train"].append("\n\n".join(new) + "\n\n")
+    return texts
 
 
 def _check_length(length):

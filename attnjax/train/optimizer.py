@@ -35,7 +35,8 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
         decay = optax.linear_schedule(optim.lr, optim.end_lr, body)
     elif optim.decay == "inverse_sqrt":
         start = max(1, optim.warmup)
-        decay = lambda later: optim.lr * jnp.sqrt(start / (start + later))
+        # Joined schedules are asked about steps before their own, too.
+        decay = lambda later: optim.lr * jnp.sqrt(start / (start + jnp.maximum(later, 0)))
     else:
         decay = optax.constant_schedule(optim.lr)
     if not optim.warmup:
