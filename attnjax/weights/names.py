@@ -277,8 +277,8 @@ def import_params(
       The nested dict of float32 numpy arrays.
 
     Raises:
-      RecipeError: tensors are missing, left over, of another shape or not finite; one message
-        lists all of them, with both shapes, and nothing is loaded.
+      RecipeError: tensors are missing, left over, of another shape, no floats or not finite; one
+        message lists all of them, with both shapes, and nothing is loaded.
     """
     layout = layout_of(list(tensors), shapes, tables)
     entries = plan(shapes, None if layout == NATIVE else tables[layout])
@@ -289,11 +289,13 @@ def import_params(
             tensors[name] = fit(entry.paths[0], tensors[name], entry.shape)
     missing = [f"{name} {_show(entries[name].shape)}" for name in entries if name not in tensors]
     extra = [f"{name} {_show(tensors[name].shape)}" for name in tensors if name not in entries]
-    wrong, infinite = [], []
+    wrong, integer, infinite = [], [], []
     for name, entry in entries.items():
         if name not in tensors:
             continue
-        if tensors[name].shape != entry.shape:
+        if tensors[name].dtype.kind in "biu":
+            integer.append(f"{name} {tensors[name].dtype}")
+        elif tensors[name].shape != entry.shape:
             shape = tensors[name].shape
             hint = " (transposed?)" if shape == entry.shape[::-1] and len(shape) > 1 else ""
             wrong.append(f"{name} {_show(shape)} in the file, {_show(entry.shape)} here{hint}")
@@ -303,6 +305,7 @@ def import_params(
         "missing": missing,
         "not expected": extra,
         "wrong shape": wrong,
+        "no floating numbers": integer,
         "not finite": infinite,
     }
     if any(lists.values()):

@@ -12,7 +12,8 @@ Run:     python -m launch.train --config=configs/cab/language_model.py --workdir
 Data:    ships with Python; "published": PG-19, a .txt file per book in train, validation, test, and
          the tokenizer.json of GPT-2
 Cost:    small: minutes on two CPU cores; published: eight 80 GB GPUs in the paper, not run by us
-Expect:  small: test/bits_per_byte below 4; published: test/perplexity near the paper's
+Expect:  small: test/bits_per_byte below 3.6, 3.46 measured by us (pairs of bytes alone: 3.53);
+         published: test/perplexity near the paper's
 """
 
 from attnjax.errors import RecipeError
@@ -51,7 +52,7 @@ def get_config(variant: str = "") -> Recipe:
     )
     if variant == "small":
         source = {"name": "stdlib_text", "length": 128}
-        recipe.steps, recipe.batch = 400, 16
+        recipe.steps, recipe.batch = 300, 16
         recipe.model |= {
             "vocab_size": 256, "length": 128, "width": 64, "depth": 2, "num_heads": 4,
             "hidden": 256,

@@ -13,7 +13,8 @@ Run:     python -m launch.train --config=configs/cab/masked_language_model.py --
 Data:    ships with Python; "published": PG-19, a .txt file per book in train and validation, and
          the tokenizer.json of GPT-2
 Cost:    small: minutes on two CPU cores; published: eight 80 GB GPUs in the paper, not run by us
-Expect:  small: validation/loss below 3.0; published: validation/perplexity near the paper's
+Expect:  small: validation/loss below 3.0, 2.90 measured by us (frequencies of bytes
+         alone: 3.33); published: validation/perplexity near the paper's
 """
 
 from attnjax.errors import RecipeError
@@ -72,6 +73,6 @@ def get_config(variant: str = "") -> Recipe:
         recipe.task["logits_chunk"] = 0
         recipe.data = section(source, "train", 260)
         recipe.evals["validation"] = Evaluation(data=section(source, "test", 260))
-        recipe.optim.lr, recipe.optim.warmup, recipe.optim.accumulate = 3e-3, 40, 1
+        recipe.optim.lr, recipe.optim.warmup, recipe.optim.accumulate = 1.5e-3, 40, 1
         recipe.checkpoint.every, recipe.report.every = 200, 20
     return recipe

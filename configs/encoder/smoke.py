@@ -4,7 +4,8 @@
 Run:     python -m launch.train --config=configs/encoder/smoke.py --workdir=runs/encoder-smoke
 Data:    the topics of pydoc, which ship with Python; no network
 Cost:    about a minute on two CPU cores
-Expect:  test/loss below 3.0 nats per hidden byte
+Expect:  test/loss below 3.0 nats per hidden byte, 2.80 measured by us; frequencies of bytes
+         alone leave 3.33
 """
 
 from attnjax.errors import RecipeError

