@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
         ...
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """Every byte is a token.
 
     Args:
@@ -55,7 +55,7 @@ class Bytes:
         return bytes(byte for byte in kept if byte < 256).decode(errors="replace")
 
 
-class TokenizerFile:
+class TokenizerFile(Tokenizer):
     """A vocabulary in the JSON format of the library `tokenizers`, such as GPT-2's or BART's.
 
     Args:

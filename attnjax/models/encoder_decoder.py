@@ -31,6 +31,7 @@ from attnjax.nn.text import REMATS, Kernel
 from attnjax.ops.efficient import PatternAttention, Stream
 from attnjax.registry import nearest
 from attnjax.typing import Array, Params
+from attnjax.weights.names import norm, rule, stacked
 
 EPSILON = 1e-5
 PADDING = 0
@@ -258,8 +259,37 @@ class EncoderDecoder(nn.Module):
         return layers + 2.0 * t * d * self.vocab_size
 
 
-TORCH_NAMES = None
-"""There are no published weights of this form."""
+def _names():
+    for side in ("source", "target"):
+        yield rule(f"{side}_embed/tokens/embedding", f"{side}_embed.tokens.weight")
+        yield rule(f"{side}_embed/positions", f"{side}_embed.positions.weight")
+        yield from norm(f"{side}_embed/norm", f"{side}_embed.norm")
+    places = {
+        "encoder": (("attention", "self_attn"),),
+        "decoder": (("attention", "self_attn"), ("cross", "multihead_attn")),
+    }
+    for stack, attentions in places.items():
+        layer = f"{stack}.layers.{{}}"
+        for ours, theirs in attentions:
+            parts = [f"{stack}/{ours}/{part}" for part in ("query", "key", "value")]
+            fused = f"{layer}.{theirs}.in_proj"
+            yield stacked([f"{part}/kernel" for part in parts], f"{fused}_weight", "in")
+            yield stacked([f"{part}/bias" for part in parts], f"{fused}_bias", "vector")
+        linear = [(f"{ours}/out", f"{theirs}.out_proj", "out") for ours, theirs in attentions]
+        linear += [("mlp/up", "linear1", "in"), ("mlp/down", "linear2", "in")]
+        for ours, theirs, layout in linear:
+            yield stacked(f"{stack}/{ours}/kernel", f"{layer}.{theirs}.weight", layout)
+            yield stacked(f"{stack}/{ours}/bias", f"{layer}.{theirs}.bias")
+        normal = [f"{ours}_norm" for ours, _ in attentions] + ["mlp_norm"]
+        for number, ours in enumerate(normal, 1):
+            yield stacked(f"{stack}/{ours}/scale", f"{layer}.norm{number}.weight")
+            yield stacked(f"{stack}/{ours}/bias", f"{layer}.norm{number}.bias")
+    yield rule("head/kernel", "head.weight", "in")
+
+
+TORCH_NAMES = {"torch": tuple(_names())}
+"""Layout -> name table: PyTorch's `nn.TransformerEncoder` and `nn.TransformerDecoder` without their
+last norms, as `encoder` and `decoder` beside embeddings and a head. CAB published no weights."""
 
 INERT = (r"/key/bias$",)
 """Patterns of parameters that cannot change the output: a key bias moves all scores of a query."""

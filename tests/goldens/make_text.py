@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write text.npz: hidden states and logits of transformers' text models on formula-made weights.
+"""Write text.npz: what transformers' and PyTorch's text models compute on formula-made weights.
 
 Run:  python tests/goldens/make_text.py
 
@@ -22,6 +22,8 @@ CASES = {
     "bert": ("encoder", "bert", SIZES | dict(family="bert", pooler=True)),
     "roberta": ("encoder", "roberta", SIZES | dict(family="roberta", pooler=True)),
 }
+PAIRS = dict(vocab_size=40, width=32, depth=(2, 2), num_heads=4, hidden=48, lengths=(16, 12))
+"""Fields of our encoder-decoder, whose layers PyTorch has."""
 
 
 def tokens(name: str) -> np.ndarray:
@@ -112,6 +114,54 @@ def run(name: str) -> dict[str, np.ndarray]:
     return {part: array.numpy().astype(np.float32) for part, array in found.items()}
 
 
+def pair() -> dict[str, np.ndarray]:
+    """Return `source [2, 16]` and `target [2, 12]`; the second source is padded."""
+    source, target = tokens("gpt2"), tokens("gpt2")[:, ::-1][:, :12].copy()
+    source[1, 11:] = 0
+    return {"source": source, "target": target}
+
+
+def run_pair() -> np.ndarray:
+    """Return logits `[b, t, v]` of PyTorch's transformer layers."""
+    import torch
+    from torch import nn
+
+    v, d = PAIRS["vocab_size"], PAIRS["width"]
+    fields = dict(
+        d_model=d, nhead=PAIRS["num_heads"], dim_feedforward=PAIRS["hidden"], dropout=0.0,
+        activation="gelu", batch_first=True,
+    )  # fmt: skip
+    embedding = lambda rows: nn.ModuleDict(
+        {"tokens": nn.Embedding(v, d), "positions": nn.Embedding(rows, d), "norm": nn.LayerNorm(d)}
+    )
+    encoder, decoder = nn.TransformerEncoderLayer(**fields), nn.TransformerDecoderLayer(**fields)
+    source_length, target_length = PAIRS["lengths"]
+    parts = nn.ModuleDict({
+        "source_embed": embedding(source_length),
+        "target_embed": embedding(target_length),
+        "encoder": nn.TransformerEncoder(encoder, PAIRS["depth"][0], enable_nested_tensor=False),
+        "decoder": nn.TransformerDecoder(decoder, PAIRS["depth"][1]),
+        "head": nn.Linear(d, v, bias=False),
+    }).double()  # fmt: skip
+    with torch.no_grad():
+        for key, value in parts.state_dict().items():
+            value.copy_(torch.from_numpy(formula(key, tuple(value.shape))))
+        ids = {name: torch.from_numpy(array) for name, array in pair().items()}
+
+        def embed(name):
+            part, tokens = parts[f"{name}_embed"], ids[name]
+            positions = part["positions"].weight[: tokens.shape[1]]
+            return part["norm"](math.sqrt(d) * part["tokens"](tokens) + positions)
+
+        padding = ids["source"] == 0
+        memory = parts["encoder"](embed("source"), src_key_padding_mask=padding)
+        causal = nn.Transformer.generate_square_subsequent_mask(target_length, dtype=torch.float64)
+        hidden = parts["decoder"](
+            embed("target"), memory, tgt_mask=causal, memory_key_padding_mask=padding
+        )
+        return parts["head"](hidden).numpy().astype(np.float32)
+
+
 def count(kind: str, head: str, config) -> int:
     """Return the parameters of a model of published size, without allocating any."""
     import torch
@@ -150,6 +200,7 @@ def counts() -> dict[str, int]:
 def main() -> None:
     """Run every case and write the file."""
     results = {f"{name}/{part}": array for name in CASES for part, array in run(name).items()}
+    results["pair/logits"] = run_pair()
     results |= {f"count/{name}": np.int64(number) for name, number in counts().items()}
     np.savez_compressed(GOLDENS, **results)
     print(f"{GOLDENS}: {len(CASES)} cases, {GOLDENS.stat().st_size} bytes")

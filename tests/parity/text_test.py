@@ -10,6 +10,7 @@ import pytest
 
 import attnjax
 from attnjax import registry
+from attnjax.models import encoder_decoder
 from attnjax.models.load import abstract_params, build
 from attnjax.weights import flatten, import_params, plan
 
@@ -45,6 +46,18 @@ def test_hidden_states_and_logits_equal_the_reference(name):
     np.testing.assert_allclose(output.logits[valid], logits[valid], rtol=0, atol=TOLERANCE)
     if pooled is not None:
         np.testing.assert_allclose(output.aux["pooled"], pooled, rtol=0, atol=TOLERANCE)
+
+
+def test_encoder_and_decoder_equal_the_reference():
+    model, tables = build("encoder_decoder", **golden.PAIRS), encoder_decoder.TORCH_NAMES
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
+    entries = plan(shapes, tables["torch"])
+    tensors = {tensor: golden.formula(tensor, entry.shape) for tensor, entry in entries.items()}
+    params = import_params(tensors, shapes, tables)
+    inputs = {name: array.astype(np.int32) for name, array in golden.pair().items()}
+    logits = jax.jit(lambda p, x: model.apply({"params": p}, **x).logits)(params, inputs)
+    with np.load(golden.GOLDENS, allow_pickle=False) as stored:
+        np.testing.assert_allclose(logits, stored["pair/logits"], rtol=0, atol=TOLERANCE)
 
 
 def test_published_sizes_have_the_parameters_of_the_reference():
