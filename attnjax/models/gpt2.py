@@ -234,10 +234,10 @@ def _names(prefix):
     yield rule("embed/tokens/embedding", f"{prefix}wte.weight")
     yield rule("embed/positions", f"{prefix}wpe.weight")
     fused = f"{layer}.attn.c_attn"
-    yield stacked([f"{path}/kernel" for path in attention], f"{fused}.weight", "conv1d")
+    yield stacked([f"{path}/kernel" for path in attention], f"{fused}.weight", "in_plain")
     yield stacked([f"{path}/bias" for path in attention], f"{fused}.bias", "vector")
     for ours, theirs, layout in (
-        ("attention/out", "attn.c_proj", "conv1d_out"),
+        ("attention/out", "attn.c_proj", "out_plain"),
         ("mlp/up", "mlp.c_fc", "same"),
         ("mlp/down", "mlp.c_proj", "same"),
     ):

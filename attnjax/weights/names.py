@@ -116,19 +116,19 @@ LAYOUTS = {
         lambda x, s: x.transpose(2, 3, 1, 0),
     ),
     # GPT-2 keeps linear maps as [in, out].
-    "conv1d": (
+    "in_plain": (
         lambda s: (s[0], _size(s[1:])),
         lambda x: x.reshape(x.shape[0], -1),
         lambda x, s: x.reshape(s),
     ),
-    "conv1d_out": (
+    "out_plain": (
         lambda s: (_size(s[:-1]), s[-1]),
         lambda x: x.reshape(-1, x.shape[-1]),
         lambda x, s: x.reshape(s),
     ),
 }
 
-FUSED = {"conv1d": 1}
+FUSED = {"in_plain": 1}
 """Layout -> axis along which parts of one tensor follow each other; the first for all others."""
 
 

@@ -13,7 +13,7 @@ Data:    multi_news of TensorFlow Datasets, prepared under $TFDS_DATA_DIR; "publ
          tokenizer.json of bart-base, --config.data.source.tokenizer=FILE; "pairs": train.jsonl and
          test.jsonl with the fields document and summary, under --config.data.source.root=DIR
 Cost:    published: four 80 GB GPUs in the paper, not run by us
-Expect:  test/perplexity falls; ROUGE of predictions by attnjax.metrics.rouge near the paper's
+Expect:  test/perplexity falls; ROUGE by attnjax.train.summaries near the paper's
 """
 
 from attnjax.errors import RecipeError

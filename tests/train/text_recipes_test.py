@@ -8,8 +8,11 @@ import jax
 import pytest
 
 from attnjax import recipe
+from attnjax.errors import RecipeError
 from attnjax.parallel import make_mesh
 from attnjax.train.loop import run
+from attnjax.train.program import build
+from attnjax.train.summaries import score_summaries, write_texts
 
 SLOW = pytest.mark.slow
 TINY = {"width": 16, "num_heads": 2, "hidden": 32}
@@ -59,3 +62,19 @@ def test_two_steps(name, metrics, tmp_path, monkeypatch):
     result = run(shrink(name, tmp_path), str(tmp_path / "run"))
     assert result.step == 2
     assert all(math.isfinite(result.metrics[metric]) for metric in metrics)
+
+
+def test_what_is_written_is_compared_with_what_should_be(tmp_path):
+    shrunk = shrink("summarization", tmp_path)
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    program = build(shrunk, mesh)
+    compare = lambda written, references: {"pairs": len(written), "first": references[0]}
+    with jax.set_mesh(mesh):
+        params = program.init().averaged
+        arguments = (program, params, shrunk.evals["test"])
+        assert score_summaries(*arguments, score=compare) == {"pairs": 4, "first": "words"}
+        written, _ = write_texts(*arguments, limit=3)
+    assert len(written) == 3 and all(isinstance(text, str) for text in written)
+    shrunk.evals["test"].data.source["name"] = "copy_sort"
+    with pytest.raises(RecipeError, match="no texts to compare"):
+        score_summaries(program, params, shrunk.evals["test"])

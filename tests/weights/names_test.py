@@ -155,7 +155,7 @@ def test_parts_of_a_transposed_tensor_follow_each_other_along_its_outputs():
     rng = np.random.default_rng(0)
     parts = ("query", "key", "value")
     leaves = {part: rng.standard_normal((2, 4, 2, 3)).astype(np.float32) for part in parts}
-    rules = (stacked(parts, "h.{}.qkv", "conv1d"),)
+    rules = (stacked(parts, "h.{}.qkv", "in_plain"),)
     tensors = export_params(leaves, rules)
     assert tensors["h.1.qkv"].shape == (4, 18)
     np.testing.assert_array_equal(tensors["h.1.qkv"][:, 6:12], leaves["key"][1].reshape(4, 6))
