@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2, BERT and RoBERTa against stored hidden states, logits and counts of transformers."""
 
+import functools
 import importlib.util
 import pathlib
 
@@ -19,6 +20,8 @@ SPEC = importlib.util.spec_from_file_location("make_text", FOLDER / "make_text.p
 golden = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(golden)
 
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 # Float32 sums in another order through two layers; values are of size 1 to 10.
 TOLERANCE = 2e-5
 
@@ -33,7 +36,7 @@ def test_hidden_states_and_logits_equal_the_reference(name):
     params = import_params(tensors, shapes, tables)
     tokens, types = golden.tokens(name).astype(np.int32), golden.types(name)
     inputs = {"tokens": tokens} | ({} if types is None else {"types": types.astype(np.int32)})
-    run = jax.jit(lambda p, x: model.apply({"params": p}, **x, mutable=["hidden"]))
+    run = quick(lambda p, x: model.apply({"params": p}, **x, mutable=["hidden"]))
     output, captured = run(params, inputs)
     with np.load(golden.GOLDENS, allow_pickle=False) as stored:
         hidden, logits = stored[f"{name}/hidden"], stored[f"{name}/logits"]
@@ -55,7 +58,7 @@ def test_encoder_and_decoder_equal_the_reference():
     tensors = {tensor: golden.formula(tensor, entry.shape) for tensor, entry in entries.items()}
     params = import_params(tensors, shapes, tables)
     inputs = {name: array.astype(np.int32) for name, array in golden.pair().items()}
-    logits = jax.jit(lambda p, x: model.apply({"params": p}, **x).logits)(params, inputs)
+    logits = quick(lambda p, x: model.apply({"params": p}, **x).logits)(params, inputs)
     with np.load(golden.GOLDENS, allow_pickle=False) as stored:
         np.testing.assert_allclose(logits, stored["pair/logits"], rtol=0, atol=TOLERANCE)
 
@@ -83,7 +86,7 @@ def test_a_published_checkpoint_computes_what_it_should():
         "encoder", "minilm_l6", weights=str(path), head="none", pooler=True
     )
     tokens = np.array([[101, 1037, 2158, 2003, 2652, 1037, 2858, 1012, 102]], np.int32)
-    run = jax.jit(lambda p, x: model.apply({"params": p}, x, mutable=["hidden"]))
+    run = quick(lambda p, x: model.apply({"params": p}, x, mutable=["hidden"]))
     output, captured = run(params, tokens)
     hidden = np.asarray(model.hidden_states(captured))
     mean = hidden[-1, 0].mean(axis=0)

@@ -10,19 +10,28 @@ import pytest
 
 from attnjax import metrics
 from attnjax.errors import RecipeError
-from attnjax.models.load import build
+from attnjax.models.load import abstract_params, build
 from attnjax.tasks import MaskedLanguageModelling, Task
+from attnjax.weights import flatten, unflatten
 
 TOLERANCE = 1e-5
 KEY = jax.random.key(0)
-QUICK = {"xla_backend_optimization_level": 0}
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
 def make(**options):
     model = build("encoder", vocab_size=40, width=32, hidden=48, length=12, dropout=0.0)
     task = MaskedLanguageModelling(model, **options)
-    return task, task.init(KEY, task.example(1))
+    return task, parameters(model)
+
+
+def parameters(model, seed=0):
+    """Drawn without running the model."""
+    rng = np.random.default_rng(seed)
+    shapes = flatten(abstract_params(model))
+    leaves = {k: 0.2 * rng.standard_normal(x.shape, np.float32) for k, x in shapes.items()}
+    return unflatten({k: x + k.endswith("scale") for k, x in leaves.items()})
 
 
 def draw(b=2):
@@ -34,7 +43,7 @@ def draw(b=2):
 
 
 def by_hand(task, params, batch):
-    run = jax.jit(lambda p, x: task.model.apply({"params": p}, x).logits)
+    run = quick(lambda p, x: task.model.apply({"params": p}, x).logits)
     logits = np.asarray(run(params, batch["tokens"]), np.float64)
     lse = np.log(np.exp(logits).sum(-1))
     return logits, lse - np.take_along_axis(logits, batch["target"][..., None], -1)[..., 0]
@@ -44,7 +53,7 @@ def test_loss_is_the_mean_over_hidden_tokens():
     task, params = make(logits_chunk=5)
     assert isinstance(task, Task) and task.inputs == ("tokens", "target", "scored")
     batch = draw()
-    loss, values = jax.jit(task.loss)(params, batch, KEY, 0)
+    loss, values = quick(task.loss)(params, batch, KEY, 0)
     logits, nll = by_hand(task, params, batch)
     mean = nll[batch["scored"]].mean()
     hits = (logits.argmax(-1) == batch["target"])[batch["scored"]].mean()
@@ -56,15 +65,15 @@ def test_loss_is_the_mean_over_hidden_tokens():
 def test_evaluation_counts_valid_examples_and_predictions_keep_what_is_shown():
     task, params = make()
     batch = draw(3) | {"valid": np.array([True, False, True])}
-    values = metrics.compute(jax.jit(task.evaluate)(params, batch))
+    values = metrics.compute(quick(task.evaluate)(params, batch))
     logits, nll = by_hand(task, params, batch)
     counts = batch["scored"] & batch["valid"][:, None]
     assert values["loss"] == pytest.approx(nll[counts].mean(), rel=TOLERANCE)
     assert values["perplexity"] == pytest.approx(np.exp(nll[counts].mean()), rel=TOLERANCE)
-    found = jax.jit(task.predict)(params, batch)["prediction"]
+    found = quick(task.predict)(params, batch)["prediction"]
     expected = np.where(batch["scored"], logits.argmax(-1), batch["tokens"])
     np.testing.assert_array_equal(found, expected)
-    shown = jax.jit(task.explain)(params, batch)
+    shown = quick(task.explain)(params, batch)
     np.testing.assert_array_equal(shown["prediction"], expected)
     assert all(byx.shape == (3, 1, 12) for byx in shown["maps"].values())
 
@@ -81,7 +90,7 @@ def test_hidden_tokens_are_learned_from_those_around():
     batches = {"tokens": np.where(scored, 3, target).astype(np.int32), "target": target,
                "scored": scored}  # fmt: skip
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @quick
     def train(params, state):
         def step(carry, batch):
             params, state = carry

@@ -11,13 +11,14 @@ import pytest
 from attnjax import metrics
 from attnjax.data.pairs import CopySort
 from attnjax.errors import RecipeError
-from attnjax.models.load import build
+from attnjax.models.load import abstract_params, build
 from attnjax.tasks import SequenceToSequence, Task
 from attnjax.tasks.sequence_to_sequence import read_before
+from attnjax.weights import flatten, unflatten
 
 TOLERANCE = 1e-5
 KEY = jax.random.key(0)
-QUICK = {"xla_backend_optimization_level": 0}
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SOURCE = {"length": 5, "symbols": 8}
 
 
@@ -28,7 +29,15 @@ def make(**options):
         dropout=0.0,
     )  # fmt: skip
     task = SequenceToSequence(model, **options)
-    return task, task.init(KEY, task.example(1))
+    return task, parameters(model)
+
+
+def parameters(model, seed=0):
+    """Drawn without running the model."""
+    rng = np.random.default_rng(seed)
+    shapes = flatten(abstract_params(model))
+    leaves = {k: 0.2 * rng.standard_normal(x.shape, np.float32) for k, x in shapes.items()}
+    return unflatten({k: x + k.endswith("scale") for k, x in leaves.items()})
 
 
 def draw(b=2, split="train", first=0):
@@ -40,7 +49,7 @@ def draw(b=2, split="train", first=0):
 def by_hand(task, params, batch):
     before = np.concatenate([np.ones((len(batch["target"]), 1), int), batch["target"][:, :-1]], 1)
     np.testing.assert_array_equal(read_before(batch["target"]), before)
-    run = jax.jit(lambda p, *x: task.model.apply({"params": p}, *x).logits)
+    run = quick(lambda p, *x: task.model.apply({"params": p}, *x).logits)
     logits = np.asarray(run(params, batch["source"], before.astype(np.int32)), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return log_p, -np.take_along_axis(log_p, batch["target"][..., None], -1)[..., 0]
@@ -52,7 +61,7 @@ def test_loss_is_the_mean_over_what_is_no_padding():
     assert isinstance(task, Task) and task.inputs == ("source", "target")
     batch = draw()
     batch["target"][1, 3:] = [2, 0, 0]
-    loss, values = jax.jit(task.loss)(params, batch, KEY, 0)
+    loss, values = quick(task.loss)(params, batch, KEY, 0)
     log_p, nll = by_hand(task, params, batch)
     counts = batch["target"] != 0
     assert counts.sum() == 10
@@ -66,10 +75,10 @@ def test_loss_is_the_mean_over_what_is_no_padding():
 @functools.cache
 def trained():
     """A task that has learned to copy, and its parameters."""
-    task, params = make()
-    optimizer = optax.adam(1e-2)
+    task, _ = make()
+    params, optimizer = task.init(KEY, task.example(1)), optax.adam(1e-2)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @quick
     def train(params, state, batches):
         def step(carry, batch):
             params, state = carry
@@ -88,24 +97,24 @@ def trained():
 def test_copying_is_learned_and_greedy_decoding_writes_it():
     task, params = trained()
     batch = draw(128, "test") | {"valid": np.arange(128) < 120}
-    values = metrics.compute(jax.jit(task.evaluate)(params, batch))
+    values = metrics.compute(quick(task.evaluate)(params, batch))
     assert values["accuracy"] > 0.95 and values["perplexity"] == pytest.approx(
         np.exp(values["loss"])
     )
-    written = jax.jit(task.predict)(params, batch)["prediction"]
+    written = quick(task.predict)(params, batch)["prediction"]
     exact = (written == batch["target"]).all(axis=1)[:120].mean()
     assert exact == values["exact_match"] > 0.8
-    shown = jax.jit(task.explain)(params, batch)
+    shown = quick(task.explain)(params, batch)
     assert all(byx.shape == (128, 1, 5) for byx in shown["maps"].values())
 
 
 def test_what_is_decoded_is_likeliest_at_every_place():
     task, params = make()
     batch = draw()
-    written = jax.jit(task.predict)(params, batch)["prediction"]
-    values = metrics.compute(jax.jit(task.evaluate)(params, batch | {"target": written}))
+    written = quick(task.predict)(params, batch)["prediction"]
+    values = metrics.compute(quick(task.evaluate)(params, batch | {"target": written}))
     assert written.shape == (2, 6) and values["exact_match"] == values["accuracy"] == 1
-    values = metrics.compute(jax.jit(task.evaluate)(params, batch))
+    values = metrics.compute(quick(task.evaluate)(params, batch))
     assert values["exact_match"] == 0 and values["accuracy"] < 1
     assert values["perplexity"] == pytest.approx(np.exp(values["loss"]))
 
@@ -116,13 +125,15 @@ def test_decoding_keeps_its_limits():
     kernel = np.zeros((32, 11), np.float32)
     kernel[0, 2] = 1.0
     decoder = params["decoder"]
-    normal = decoder["mlp_norm"] | {"bias": decoder["mlp_norm"]["bias"].at[:, 0].set(50.0)}
+    bias = decoder["mlp_norm"]["bias"].copy()
+    bias[:, 0] = 50.0
+    normal = decoder["mlp_norm"] | {"bias": bias}
     params = params | {"head": {"kernel": kernel}, "decoder": decoder | {"mlp_norm": normal}}
     batch = draw()
-    free = jax.jit(task.predict)(params, batch)["prediction"]
+    free = quick(task.predict)(params, batch)["prediction"]
     assert free.tolist() == [[2, 0, 0, 0, 0, 0]] * 2
     limited = SequenceToSequence(task.model, shortest=2, longest=4)
-    written = jax.jit(limited.predict)(params, batch)["prediction"]
+    written = quick(limited.predict)(params, batch)["prediction"]
     # Of what is left all are alike: the first.
     assert written.tolist() == [[0, 0, 2, 0]] * 2
 

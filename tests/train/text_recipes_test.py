@@ -64,6 +64,7 @@ def test_two_steps(name, metrics, tmp_path, monkeypatch):
     assert all(math.isfinite(result.metrics[metric]) for metric in metrics)
 
 
+@SLOW
 def test_what_is_written_is_compared_with_what_should_be(tmp_path):
     shrunk = shrink("summarization", tmp_path)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
