@@ -4,7 +4,9 @@
 Zhang et al., "CAB", arXiv 2210.07661: perplexity on PG-19 at 8,192 tokens is 15.52 (LongShort),
 15.78 (S4D), 16.02 (softmax by FlashAttention), 19.73 (local), 29.13 (ABC). The default is small:
 the next byte of Python's own handbook. The variant "published" has the settings of the release:
-GPT-2's vocabulary and small preset, 125,000 steps of 131,072 tokens; give its files with
+GPT-2's vocabulary and small preset, 125,000 steps of 131,072 tokens. (The release trains fairseq's
+transformer_lm_gpt, of the same size but with sinusoids for positions and the exact GELU.) Give its
+files with
 --config.data.source.root=DIR --config.data.source.tokenizer=FILE, and for the evaluation, too.
 
 Run:     python -m launch.train --config=configs/cab/language_model.py --workdir=DIR
@@ -39,7 +41,7 @@ def get_config(variant: str = "") -> Recipe:
             "length": 8192,
             "attention": "softmax",
             "dropout": 0.0,
-            "attention_dropout": 0.0,
+            "attention_dropout": 0.1,
         },
         task={"name": "language", "logits_chunk": 512},
         data=Data(source={**source, "split": "train"}),
@@ -55,7 +57,7 @@ def get_config(variant: str = "") -> Recipe:
         recipe.steps, recipe.batch = 300, 16
         recipe.model |= {
             "vocab_size": 256, "length": 128, "width": 64, "depth": 2, "num_heads": 4,
-            "hidden": 256,
+            "hidden": 256, "attention_dropout": 0.0,
         }  # fmt: skip
         recipe.task["logits_chunk"] = 0
         recipe.data.source = {**source, "split": "train"}
