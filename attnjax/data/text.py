@@ -180,14 +180,15 @@ class TextFiles(DocumentWindows):
                 raise RecipeError(f"source.root={root!r}: {path} is empty")
         self._tokenizer = make_tokenizer(tokenizer, reserved)
         self.vocab_size = self._tokenizer.vocab_size
-        self._tokens: list[np.ndarray] = []
+        self._tokens: list[pathlib.Path] = []
         if tokenizer != BYTES:
             kept = expand(cache) if cache else expand(root) / ".tokens"
             kept = kept / _digest(expand(tokenizer)) / str(reserved) / split
             for path in self._files:
                 file = kept / path.relative_to(folder).with_suffix(".npy")
-                self._tokens.append(_kept(file, path, self._tokenizer))
-            sizes = [len(tokens) for tokens in self._tokens]
+                _keep(file, path, self._tokenizer)
+                self._tokens.append(file)
+            sizes = [len(_open(file)) for file in self._tokens]
         super().__init__(sizes, length)
 
     def locate(self, index: int) -> str:
@@ -196,7 +197,7 @@ class TextFiles(DocumentWindows):
 
     def _read(self, number, offset, count):
         if self._tokens:
-            return self._tokens[number][offset : offset + count]
+            return np.array(_open(self._tokens[number])[offset : offset + count])
         with open(self._files[number], "rb") as file:
             file.seek(offset)
             data = file.read(count)
@@ -231,6 +232,11 @@ class StandardLibraryText(DocumentWindows):
         return self._documents[number][offset : offset + count]
 
 
+def _open(file):
+    """Return tokens that are read when they are needed; not kept, since files are many."""
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
 def _handbook():
     """Return the texts of both splits, without what they share."""
     topics = importlib.import_module("pydoc_data.topics").topics
@@ -256,15 +262,14 @@ def _digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _kept(file, path, tokenizer):
-    """Return the tokens of a text, from a file that is made first if it is missing or older."""
+def _keep(file, path, tokenizer):
+    """Write the tokens of a text to a file, if it is missing or older."""
     try:
         if not file.is_file() or file.stat().st_mtime < path.stat().st_mtime:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_name(f"{file.stem}.{os.getpid()}.part.npy")
             np.save(part, tokenizer.encode(path.read_bytes()))
             part.replace(file)
-        return np.load(file, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise RecipeError(f"source.cache: {file} cannot be kept: {error}") from error
 
