@@ -58,12 +58,14 @@ BACKBONES = {
 """Networks that systems and recipes start from; no paper of their own."""
 
 MODELS = {
+    "informer": "attnjax.models.informer:Informer",
     "sequence_mixer": "attnjax.models.sequence_mixer:SequenceMixer",
 }
 """Models that belong to a system of another kind."""
 
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
+    "forecasting": "attnjax.tasks.forecasting:Forecasting",
     "language": "attnjax.tasks.language:LanguageModelling",
     "next_token": "attnjax.tasks.sequence:NextToken",
     "position_regression": "attnjax.tasks.sequence:PositionRegression",
@@ -88,6 +90,8 @@ SOURCES = {
     "moving_average": "attnjax.data.sequences:MovingAverage",
     "needle": "attnjax.data.sequences:Needle",
     "pathfinder": "attnjax.data.sequences:Pathfinder",
+    "seasonal_series": "attnjax.data.series:SeasonalSeries",
+    "series_file": "attnjax.data.series:SeriesFile",
     "text_bytes": "attnjax.data.lra:TextBytes",
 }
 

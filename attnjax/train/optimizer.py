@@ -16,7 +16,9 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the step.
 
     Linear warm-up from `warmup_lr` to `lr`, then the decay to `end_lr`, reached `cooldown` steps
-    before the end and kept.
+    before the end and kept; or, with the decay "step", t steps after the warm-up,
+
+        max(lr * decay_rate^floor(t / decay_every), end_lr)
 
     Args:
       optim: the recipe's optimiser section.
@@ -30,6 +32,10 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
         decay = optax.cosine_decay_schedule(optim.lr, body, alpha=optim.end_lr / optim.lr)
     elif optim.decay == "linear":
         decay = optax.linear_schedule(optim.lr, optim.end_lr, body)
+    elif optim.decay == "step":
+        decay = optax.exponential_decay(
+            optim.lr, optim.decay_every, optim.decay_rate, staircase=True, end_value=optim.end_lr
+        )
     else:
         decay = optax.constant_schedule(optim.lr)
     if not optim.warmup:
