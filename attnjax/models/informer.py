@@ -11,7 +11,8 @@ arXiv 2012.07436, Sections 3.2 and 3.3; the backbone of CAB (arXiv 2210.07661) f
 Two things differ from the release. Its distilling normalises with running statistics of batches;
 here every position is normalised over its channels (layer norm), so that the model is its
 parameters and no example depends on its batch. And it drops hidden units of the MLPs as well; here
-the rate holds for attention, branches and embeddings.
+the rate holds for attention, branches and embeddings. What the release calls "mix", taking heads
+for positions in the decoder's self-attention, is left to the attention.
 """
 
 from collections.abc import Mapping
