@@ -59,12 +59,14 @@ BACKBONES = {
 
 MODELS = {
     "informer": "attnjax.models.informer:Informer",
+    "pointr": "attnjax.models.pointr:PoinTr",
     "sequence_mixer": "attnjax.models.sequence_mixer:SequenceMixer",
 }
 """Models that belong to a system of another kind."""
 
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
+    "completion": "attnjax.tasks.completion:Completion",
     "forecasting": "attnjax.tasks.forecasting:Forecasting",
     "language": "attnjax.tasks.language:LanguageModelling",
     "next_token": "attnjax.tasks.sequence:NextToken",
@@ -89,7 +91,9 @@ SOURCES = {
     "lra_text": "attnjax.data.lra:LraText",
     "moving_average": "attnjax.data.sequences:MovingAverage",
     "needle": "attnjax.data.sequences:Needle",
+    "parametric_shapes": "attnjax.data.points:ParametricShapes",
     "pathfinder": "attnjax.data.sequences:Pathfinder",
+    "pcn": "attnjax.data.points:Pcn",
     "seasonal_series": "attnjax.data.series:SeasonalSeries",
     "series_file": "attnjax.data.series:SeriesFile",
     "text_bytes": "attnjax.data.lra:TextBytes",
@@ -99,6 +103,7 @@ PIPELINES = {
     "arrays": "attnjax.data.pipelines:Arrays",
     "image_train": "attnjax.data.pipelines:ImageTrain",
     "image_eval": "attnjax.data.pipelines:ImageEval",
+    "point_clouds": "attnjax.data.points:PointClouds",
     "small_images": "attnjax.data.pipelines:SmallImages",
 }
 

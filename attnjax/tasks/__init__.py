@@ -2,8 +2,18 @@
 """Tasks bind a model, its loss and its metrics to the one contract the trainer knows."""
 
 from attnjax.tasks.classification import Classification
+from attnjax.tasks.completion import Completion
+from attnjax.tasks.forecasting import Forecasting
 from attnjax.tasks.language import LanguageModelling
 from attnjax.tasks.sequence import NextToken, PositionRegression
 from attnjax.tasks.task import Task
 
-__all__ = ["Classification", "LanguageModelling", "NextToken", "PositionRegression", "Task"]
+__all__ = [
+    "Classification",
+    "Completion",
+    "Forecasting",
+    "LanguageModelling",
+    "NextToken",
+    "PositionRegression",
+    "Task",
+]
