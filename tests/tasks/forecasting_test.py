@@ -11,7 +11,7 @@ import pytest
 from attnjax import recipe
 from attnjax.errors import RecipeError
 from attnjax.metrics import compute
-from attnjax.models import build
+from attnjax.models.load import abstract_params, build
 from attnjax.parallel import make_mesh
 from attnjax.tasks.forecasting import Forecasting
 from attnjax.train.loop import run
@@ -30,7 +30,8 @@ def bound():
     batch = {
         name: rng.standard_normal(x.shape).astype(np.float32) for name, x in task.example(3).items()
     }
-    return task, task.init(jax.random.key(0), batch), batch
+    draw = lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32)
+    return task, jax.tree.map(draw, abstract_params(task.model)), batch
 
 
 def test_errors_are_those_of_the_forecast(bound):
@@ -82,7 +83,15 @@ def test_bad_batches_are_refused(bound):
         Forecasting(build("sequence_mixer"))
 
 
-def test_two_steps_of_the_shipped_recipe(tmp_path, monkeypatch):
+@pytest.fixture
+def quick():
+    """Compiling well takes longer than two steps."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_two_steps_of_the_shipped_recipe(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(
         "attnjax.train.loop.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1])
     )
