@@ -31,6 +31,7 @@ from attnjax.nn.pattern_attention import choose_attention
 from attnjax.nn.transformer import TransformerLayer
 from attnjax.ops.positions import sinusoids
 from attnjax.parallel.constrain import constrain
+from attnjax.registry import nearest
 from attnjax.typing import Array
 
 PAPER = {
@@ -43,27 +44,22 @@ PAPER = {
 }
 
 
-def _set(channels, length, label_length, horizon, **depths):
-    return {
-        "channels": channels, "length": length, "label_length": label_length, "horizon": horizon,
-        **depths,
-    }  # fmt: skip
+REMATS = ("none", "blocks")
 
+_DEEP = {"depth": (3, 2)}
 
-_DEEP = {"encoder_depth": 3, "decoder_depth": 2}
-
-# tasks/LSTF/scripts of the CAB release: M forecasts all columns, S one from itself.
+# tasks/LSTF/scripts of the CAB release: m forecasts all columns, s one from itself.
 PRESETS = {
-    "etth1_m": _set(7, 336, 336, 720),
-    "etth1_s": _set(1, 168, 168, 720),
-    "etth2_m": _set(7, 720, 336, 720),
-    "etth2_s": _set(1, 336, 336, 720),
-    "ettm1_m": _set(7, 672, 384, 672),
-    "ettm1_s": _set(1, 384, 384, 672),
-    "ecl_m": _set(321, 336, 336, 960, **_DEEP),
-    "ecl_s": _set(1, 336, 336, 960, **_DEEP),
-    "weather_m": _set(12, 720, 336, 720, **_DEEP),
-    "weather_s": _set(1, 720, 336, 720, **_DEEP),
+    "etth1_m": {"channels": 7, "lengths": (336, 336, 720)},
+    "etth1_s": {"channels": 1, "lengths": (168, 168, 720)},
+    "etth2_m": {"channels": 7, "lengths": (720, 336, 720)},
+    "etth2_s": {"channels": 1, "lengths": (336, 336, 720)},
+    "ettm1_m": {"channels": 7, "lengths": (672, 384, 672)},
+    "ettm1_s": {"channels": 1, "lengths": (384, 384, 672)},
+    "ecl_m": {"channels": 321, "lengths": (336, 336, 960), **_DEEP},
+    "ecl_s": {"channels": 1, "lengths": (336, 336, 960), **_DEEP},
+    "weather_m": {"channels": 12, "lengths": (720, 336, 720), **_DEEP},
+    "weather_s": {"channels": 1, "lengths": (720, 336, 720), **_DEEP},
 }
 
 EPSILON = 1e-5
@@ -159,19 +155,18 @@ class Distil(nn.Module):
 
 
 class Informer(nn.Module):
-    """Forecast `horizon` steps of a series from `length` known ones.
+    """Forecast the next steps of a series from known ones.
 
     Attributes:
-      length: known steps.
-      label_length: the last known steps that the decoder begins with, at most `length`.
-      horizon: steps to forecast.
+      lengths: known steps; how many of them, the last ones, the decoder begins with; steps to
+        forecast.
       channels: numbers of a step.
       time_features: numbers that tell the time of a step.
       width: d, model width.
       num_heads: heads of all attentions.
       hidden: hidden width of the MLPs.
-      encoder_depth: layers of the encoder; between two of them the length is halved.
-      decoder_depth: layers of the decoder.
+      depth: layers of the encoder and of the decoder; between two of the encoder the length is
+        halved.
       encoder_attention: noncausal self-attention of the encoder, see `choose_attention`.
       decoder_attention: self-attention of the decoder.
       cross_attention: noncausal cross-attention of the decoder.
@@ -179,42 +174,67 @@ class Informer(nn.Module):
         needs it to be, since all steps are forecast at once.
       dropout: rate on attention, branches and embeddings while training.
       dtype: compute dtype; parameters and forecasts are float32.
+      remat: "none", or "blocks" to recompute layers in the backward pass.
+      attention_implementation: passed to `nn.attend` by softmax and local attention.
     """
 
-    length: int = 336
-    label_length: int = 336
-    horizon: int = 720
+    lengths: tuple[int, int, int] = (336, 336, 720)
     channels: int = 7
     time_features: int = 4
     width: int = 512
     num_heads: int = 8
     hidden: int = 2048
-    encoder_depth: int = 2
-    decoder_depth: int = 1
+    depth: tuple[int, int] = (2, 1)
     encoder_attention: str | Mapping[str, Any] | None = None
     decoder_attention: str | Mapping[str, Any] | None = None
     cross_attention: str | Mapping[str, Any] | None = None
     decoder_causal: bool = True
     dropout: float = 0.05
     dtype: str = "float32"
+    remat: str = "none"
+    attention_implementation: str | None = None
 
     def __post_init__(self):
-        for field in ("length", "horizon", "channels", "time_features", "encoder_depth",
-                      "decoder_depth", "num_heads", "hidden"):  # fmt: skip
+        for field in ("channels", "time_features", "num_heads", "hidden"):
             if getattr(self, field) < 1:
                 raise RecipeError(f"{field}={getattr(self, field)}: must be at least 1")
-        if not 0 <= self.label_length <= self.length:
+        lengths, depth = self.lengths, self.depth
+        if (
+            len(lengths) != 3
+            or min(lengths[0], lengths[2]) < 1
+            or not (0 <= lengths[1] <= lengths[0])
+        ):
             raise RecipeError(
-                f"label_length={self.label_length}: must be from 0 to length={self.length}"
+                f"lengths={lengths}: must be known steps, from 0 to as many that the decoder "
+                "begins with, and steps to forecast"
             )
+        if len(depth) != 2 or min(depth) < 1:
+            raise RecipeError(f"depth={depth}: must be two numbers of layers of at least 1")
         if self.width % 2 or self.width % self.num_heads:
             raise RecipeError(
                 f"width={self.width}: must be even and divisible by num_heads={self.num_heads}"
             )
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"dropout={self.dropout}: must be in [0, 1)")
+        if self.remat not in REMATS:
+            raise RecipeError(f"remat={self.remat!r}: {nearest(self.remat, REMATS)}")
         self.attentions()
         super().__post_init__()
+
+    @property
+    def length(self) -> int:
+        """Known steps."""
+        return self.lengths[0]
+
+    @property
+    def label_length(self) -> int:
+        """The last known steps that the decoder begins with."""
+        return self.lengths[1]
+
+    @property
+    def horizon(self) -> int:
+        """Steps to forecast."""
+        return self.lengths[2]
 
     def attentions(self):
         """Return the attentions of encoder, decoder and between them.
@@ -237,9 +257,9 @@ class Informer(nn.Module):
         """Forecast.
 
         Args:
-          past: `[b, length, channels]` floating, standardised values.
-          past_time: `[b, length, time_features]` floating.
-          future_time: `[b, horizon, time_features]` floating.
+          past: `[b, lengths[0], channels]` floating, standardised values.
+          past_time: `[b, lengths[0], time_features]` floating.
+          future_time: `[b, lengths[2], time_features]` floating.
           train: dropout, with the "dropout" key.
 
         Returns:
@@ -255,17 +275,21 @@ class Informer(nn.Module):
                     f"{name} must be [b, *{expected.shape[1:]}], got {given[name].shape}"
                 )
         encode, decode, cross = self.attentions()
-        layer = lambda name, attention, other=None: TransformerLayer(
+        block = TransformerLayer
+        if self.remat == "blocks":
+            block = nn.remat(TransformerLayer, static_argnums=(6,))
+        layer = lambda name, attention, other=None: block(
             self.num_heads, self.hidden, attention, other, pre_norm=False, dropout=self.dropout,
-            attention_dropout=self.dropout, epsilon=EPSILON, dtype=self.dtype, name=name,
+            attention_dropout=self.dropout, epsilon=EPSILON, dtype=self.dtype,
+            implementation=self.attention_implementation, name=name,
         )  # fmt: skip
         embed = lambda name: SeriesEmbedding(self.width, self.dropout, self.dtype, name=name)
         x_bsd = embed("encoder_embedding")(past, past_time, train)
-        for i in range(self.encoder_depth):
+        for i in range(self.depth[0]):
             if i:
                 x_bsd = Distil(self.dtype, name=f"distil_{i - 1}")(x_bsd)
             x_bsd = constrain(x_bsd, "batch", "sequence", None)
-            x_bsd = layer(f"encoder_{i}", encode)(x_bsd, train=train)
+            x_bsd = layer(f"encoder_{i}", encode)(x_bsd, None, None, None, None, train)
         memory_bsd = LayerNorm(EPSILON, self.dtype, name="encoder_norm")(x_bsd)
 
         known = self.length - self.label_length
@@ -273,9 +297,10 @@ class Informer(nn.Module):
         start = jnp.concatenate([past[:, known:], unknown], axis=1)
         time = jnp.concatenate([past_time[:, known:], future_time], axis=1)
         y_btd = embed("decoder_embedding")(start, time, train)
-        for i in range(self.decoder_depth):
+        for i in range(self.depth[1]):
             y_btd = constrain(y_btd, "batch", "sequence", None)
-            y_btd = layer(f"decoder_{i}", decode, cross)(y_btd, context=memory_bsd, train=train)
+            attend = layer(f"decoder_{i}", decode, cross)
+            y_btd = attend(y_btd, None, memory_bsd, None, None, train)
         y_btd = LayerNorm(EPSILON, "float32", name="decoder_norm")(y_btd[:, self.label_length :])
         init = fan_in_uniform(self.width)
         head = nn.Dense(self.channels, kernel_init=init, bias_init=init, name="head")
@@ -290,24 +315,24 @@ class Informer(nn.Module):
             "future_time": array(self.horizon, self.time_features),
         }
 
-    def lengths(self) -> list[int]:
+    def encoder_lengths(self) -> list[int]:
         """Return the number of steps that each layer of the encoder sees."""
         lengths = [self.length]
-        for _ in range(self.encoder_depth - 1):
+        for _ in range(self.depth[0] - 1):
             lengths.append((lengths[-1] + 1) // 2)
         return lengths
 
     def flops(self) -> float:
         """Count the operations of one example's forward pass; a multiply-add is two."""
         encode, decode, cross = self.attentions()
-        d, n, lengths = self.width, self.num_heads, self.lengths()
+        d, n, lengths = self.width, self.num_heads, self.encoder_lengths()
         steps = self.label_length + self.horizon
         mlp = 4.0 * d * self.hidden
         embedding = 2.0 * d * (3 * self.channels + self.time_features)
         encoder = sum(encode.flops(s, s, d, n) + mlp * s for s in lengths)
         distil = sum(6.0 * d * d * s for s in lengths[:-1])
         layer = decode.flops(steps, steps, d, n) + cross.flops(steps, lengths[-1], d, n)
-        decoder = self.decoder_depth * (layer + mlp * steps)
+        decoder = self.depth[1] * (layer + mlp * steps)
         head = 2.0 * self.horizon * d * self.channels
         return embedding * (self.length + steps) + encoder + distil + decoder + head
 
@@ -321,7 +346,7 @@ class Informer(nn.Module):
           Title -> `[b, 1, s]`, the mean over heads and forecast steps in the last layer.
         """
         captured = captured.get(CAPTURE, captured)
-        layer = captured.get(f"decoder_{self.decoder_depth - 1}", {})
+        layer = captured.get(f"decoder_{self.depth[1] - 1}", {})
         if "cross" not in layer:
             return {}
         weights_bnts = layer["cross"]["probabilities"][0][:, :, self.label_length :]

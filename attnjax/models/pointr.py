@@ -35,6 +35,7 @@ from attnjax.nn.pattern_attention import Attention, choose_attention
 from attnjax.ops import points as clouds
 from attnjax.ops.efficient import PatternAttention
 from attnjax.parallel.constrain import constrain
+from attnjax.registry import nearest
 from attnjax.typing import Array
 
 PAPER = {
@@ -53,6 +54,8 @@ PRESETS = {
     "pcn": {"groups": (512, 128), "queries": 224, "fold": 8},
     "cab": {"groups": (2048, 1536), "queries": 3584, "fold": 2},
 }
+
+REMATS = ("none", "blocks")
 
 EPSILON = 1e-5
 """Of all norms, as in the release."""
@@ -218,6 +221,7 @@ class GeometricLayer(nn.Module):
       cross_attention: attends to a context; None: there is none.
       is_geometric: whether branches are joined by the graph.
       dtype: compute dtype.
+      implementation: passed to `nn.attend`.
     """
 
     num_heads: int
@@ -225,6 +229,7 @@ class GeometricLayer(nn.Module):
     cross_attention: PatternAttention | None = None
     is_geometric: bool = False
     dtype: str = "float32"
+    implementation: str | None = None
 
     def _join(self, name, branch_btd, x_btd, points_bsd, neighbours_btk):
         """Merge what attention found with the largest map of the edges to neighbours."""
@@ -257,7 +262,11 @@ class GeometricLayer(nn.Module):
         """
         norm = lambda name: LayerNorm(EPSILON, self.dtype, name=name)
         attend = lambda attention, name: Attention(
-            attention, self.num_heads, dtype=self.dtype, name=name
+            attention,
+            self.num_heads,
+            dtype=self.dtype,
+            implementation=self.implementation,
+            name=name,
         )
         y = norm("attention_norm")(x)
         branch = attend(self.self_attention, "attention")(y, train=train)
@@ -313,14 +322,15 @@ class PoinTr(nn.Module):
       width: d, model width.
       num_heads: heads of all attentions.
       global_width: of the vectors that are pooled over the cloud.
-      encoder_depth: layers of the encoder.
-      decoder_depth: layers of the decoder.
+      depth: layers of the encoder and of the decoder.
       neighbours: nearest points that geometric layers look at.
       geometric_layers: how many first layers of encoder and decoder are geometric.
       encoder_attention: noncausal self-attention of the encoder, see `choose_attention`.
       decoder_attention: noncausal self-attention of the decoder.
       cross_attention: noncausal cross-attention of the decoder.
       dtype: compute dtype; parameters and points are float32.
+      remat: "none", or "blocks" to recompute layers in the backward pass.
+      attention_implementation: passed to `nn.attend` by softmax and local attention.
     """
 
     points: int = 2048
@@ -330,17 +340,18 @@ class PoinTr(nn.Module):
     width: int = 384
     num_heads: int = 6
     global_width: int = 1024
-    encoder_depth: int = 6
-    decoder_depth: int = 8
+    depth: tuple[int, int] = (6, 8)
     neighbours: int = 8
     geometric_layers: int = 1
     encoder_attention: str | Mapping[str, Any] | None = None
     decoder_attention: str | Mapping[str, Any] | None = None
     cross_attention: str | Mapping[str, Any] | None = None
     dtype: str = "float32"
+    remat: str = "none"
+    attention_implementation: str | None = None
 
     def __post_init__(self):
-        for field in ("fold", "global_width", "encoder_depth", "decoder_depth", "neighbours"):
+        for field in ("fold", "global_width", "neighbours", "num_heads"):
             if getattr(self, field) < 1:
                 raise RecipeError(f"{field}={getattr(self, field)}: must be at least 1")
         if self.geometric_layers < 0:
@@ -355,7 +366,11 @@ class PoinTr(nn.Module):
         ):  # fmt: skip
             if count < least:
                 raise RecipeError(f"{name}={getattr(self, name)}: fewer than {least} neighbours")
-        if self.num_heads < 1 or self.width % self.num_heads:
+        if len(self.depth) != 2 or min(self.depth) < 1:
+            raise RecipeError(f"depth={self.depth}: must be two numbers of layers of at least 1")
+        if self.remat not in REMATS:
+            raise RecipeError(f"remat={self.remat!r}: {nearest(self.remat, REMATS)}")
+        if self.width % self.num_heads:
             raise RecipeError(f"num_heads={self.num_heads} does not divide width={self.width}")
         self.attentions()
         super().__post_init__()
@@ -425,12 +440,9 @@ class PoinTr(nn.Module):
         x_bsd = pointwise(self.width, "input")(x_bsc)
         near_bsk = clouds.nearest_neighbours(place_bsc, place_bsc, self.neighbours)
         encode, _, _ = self.attentions()
-        for i in range(self.encoder_depth):
-            layer = GeometricLayer(
-                self.num_heads, encode, None, i < self.geometric_layers, self.dtype,
-                name=f"encoder_{i}",
-            )  # fmt: skip
-            x_bsd = layer(x_bsd + place_bsd, near_bsk, train=train)
+        for i in range(self.depth[0]):
+            layer = self._layer(f"encoder_{i}", encode, None, i)
+            x_bsd = layer(x_bsd + place_bsd, near_bsk, None, None, train)
         return place_bsc, x_bsd
 
     def _decode(self, pooled_bg, coarse_bqc, proxies_bsc, memory_bsd, train):
@@ -447,13 +459,19 @@ class PoinTr(nn.Module):
         near_bqk = clouds.nearest_neighbours(coarse_bqc, coarse_bqc, self.neighbours)
         near_memory_bqk = clouds.nearest_neighbours(coarse_bqc, proxies_bsc, self.neighbours)
         _, decode, cross = self.attentions()
-        for i in range(self.decoder_depth):
-            layer = GeometricLayer(
-                self.num_heads, decode, cross, i < self.geometric_layers, self.dtype,
-                name=f"decoder_{i}",
-            )  # fmt: skip
+        for i in range(self.depth[1]):
+            layer = self._layer(f"decoder_{i}", decode, cross, i)
             q_bqd = layer(q_bqd, near_bqk, memory_bsd, near_memory_bqk, train)
         return q_bqd
+
+    def _layer(self, name, attention, cross_attention, number):
+        block = GeometricLayer
+        if self.remat == "blocks":
+            block = nn.remat(GeometricLayer, static_argnums=(5,))
+        return block(
+            self.num_heads, attention, cross_attention, number < self.geometric_layers, self.dtype,
+            self.attention_implementation, name=name,
+        )  # fmt: skip
 
     def _pool(self, name, x_btd):
         """Return one vector `[b,g]` for a cloud of vectors."""
@@ -489,12 +507,12 @@ class PoinTr(nn.Module):
             first * second + 3 * second + 3 * first
         )
         mlp = 4 * d * d
-        layers = self.encoder_depth * s * mlp + self.decoder_depth * q * mlp
-        geometric = min(self.geometric_layers, self.encoder_depth) * s
-        geometric += 2 * min(self.geometric_layers, self.decoder_depth) * q
+        layers = self.depth[0] * s * mlp + self.depth[1] * q * mlp
+        geometric = min(self.geometric_layers, self.depth[0]) * s
+        geometric += 2 * min(self.geometric_layers, self.depth[1]) * q
         layers += geometric * 4 * d * d
-        attention = self.encoder_depth * encode.flops(s, s, d, n)
-        attention += self.decoder_depth * (decode.flops(q, q, d, n) + cross.flops(q, s, d, n))
+        attention = self.depth[0] * encode.flops(s, s, d, n)
+        attention += self.depth[1] * (decode.flops(q, q, d, n) + cross.flops(q, s, d, n))
         products = graph + embed + pool + queries + rebuild + folding + layers
         return 2.0 * products + attention
 
@@ -508,7 +526,7 @@ class PoinTr(nn.Module):
           Title -> `[b, 1, s]`, the mean over heads and queries in the last layer.
         """
         captured = captured.get(CAPTURE, captured)
-        layer = captured.get(f"decoder_{self.decoder_depth - 1}", {})
+        layer = captured.get(f"decoder_{self.depth[1] - 1}", {})
         if "cross" not in layer:
             return {}
         weights_bnts = layer["cross"]["probabilities"][0]

@@ -25,9 +25,7 @@ def get_config(variant: str = "") -> Recipe:
         batch=32,
         model={
             "name": "informer",
-            "length": 96,
-            "label_length": 24,
-            "horizon": 24,
+            "lengths": (96, 24, 24),
             "channels": 2,
             "width": 64,
             "num_heads": 4,

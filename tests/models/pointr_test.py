@@ -27,7 +27,7 @@ SPEC.loader.exec_module(golden)
 
 SMALL = dict(
     points=40, groups=(24, 16), queries=12, fold=2, width=16, num_heads=2, global_width=16,
-    encoder_depth=1, decoder_depth=2, neighbours=4,
+    depth=(1, 2), neighbours=4,
 )  # fmt: skip
 SAME_MATH = 2e-5  # float32 sums in another order through all layers; points are of size 1
 HALF = 0.1  # eight bits of mantissa through all layers, relative to the largest entry
@@ -147,6 +147,14 @@ def test_half_precision_is_close():
     np.testing.assert_allclose(found.coarse, expected.coarse, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
+def test_recomputing_changes_nothing():
+    _, params, step = prepared()
+    _, _, again = prepared(remat="blocks")
+    found, expected = (f(params, draw()) for f in (again, step))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=SAME_MATH), found, expected)
+
+
 def test_examples_of_a_batch_do_not_meet():
     partial = draw()
     turned, expected = complete(partial[::-1]), complete()
@@ -197,6 +205,8 @@ def test_file_keeps_the_contract_of_models():
         ({"queries": 3}, "queries=3: fewer than 4 neighbours"),
         ({"num_heads": 3}, "num_heads=3 does not divide width=16"),
         ({"fold": 0}, "fold=0: must be at least 1"),
+        ({"depth": (1,)}, r"depth=\(1,\): must be two numbers of layers of at least 1"),
+        ({"remat": "all"}, "remat='all': .*known: blocks, none"),
         ({"geometric_layers": -1}, "geometric_layers=-1"),
         ({"decoder_attention": "locl"}, "model.decoder_attention='locl': .*did you mean 'local'"),
         ({"cross_attention": "local"}, "Local has no noncausal_cross form"),

@@ -18,7 +18,7 @@ from attnjax.train.loop import run
 
 SIZES = dict(
     points=32, groups=(24, 16), queries=8, fold=2, width=16, num_heads=2, global_width=16,
-    encoder_depth=1, decoder_depth=1,
+    depth=(1, 1),
 )  # fmt: skip
 QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 

@@ -17,9 +17,8 @@ from attnjax.tasks.forecasting import Forecasting
 from attnjax.train.loop import run
 
 SIZES = dict(
-    length=8, label_length=4, horizon=4, channels=2, width=16, num_heads=2, hidden=16, dropout=0.0,
-    encoder_depth=1,
-)  # fmt: skip
+    lengths=(8, 4, 4), channels=2, width=16, num_heads=2, hidden=16, depth=(1, 1), dropout=0.0
+)
 QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 
