@@ -92,8 +92,11 @@ class ParametricShapes:
     """Boxes, cylinders, spheres and tori of random size and pose, seen from one side.
 
     Points lie on the surface, equally many on equal areas, and no further than 0.5 from the centre.
-    The partial cloud are points whose normal faces a random direction; that a torus may hide parts
-    of itself is left aside. Every example is a pure function of (seed, index).
+    The partial cloud consists of other points, whose normals face a random direction; that a torus
+    may hide parts of itself is left aside. All four shapes are symmetric about the centre, so that
+    the partial cloud and its reflection together are a complete one. An example also holds `view
+    [3]`, the direction, and `label`, the shape's place in `SHAPES`. Every example is a pure
+    function of (seed, index).
 
     Args:
       split: "train" or "test", never sharing an example.
@@ -126,8 +129,7 @@ class ParametricShapes:
         make = _surface(SHAPES[label], rng)
         rotation, view = _rotation(rng), _directions(rng, 1)[0]
         complete, _ = make(self._complete)
-        # Half of all points face the viewer, of closed surfaces at least a share that eight draws
-        # as large find with certainty for all that matters; the loop is for the rest.
+        # About half of all points face the viewer, so that one round is nearly always enough.
         seen = np.zeros((0, 3))
         while len(seen) < self._points:
             points, normals = make(4 * self._points)

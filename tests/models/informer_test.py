@@ -95,6 +95,14 @@ def test_count_by_hand():
     assert 2 * embedding + encoder + decoder + c * d + c == COUNTS["etth1_m"]
 
 
+def test_operations_are_those_that_xla_counts():
+    """Before it optimises; besides products it counts norms, sums and softmax."""
+    model = build("informer", decoder_causal=False, attention_implementation="reference")
+    run = jax.jit(lambda p, b: model.apply({"params": p}, **b).forecast)
+    counted = run.lower(abstract_params(model), model.example(1)).cost_analysis()["flops"]
+    assert counted / 1.05 < model.flops() < counted
+
+
 def test_every_parameter_is_trained():
     _, params, step = prepared()
     _, gradients = step(params, golden.inputs())

@@ -114,6 +114,14 @@ def test_order_of_points_does_not_matter_but_for_the_first():
     np.testing.assert_allclose(found.fine[:, :48], expected.fine[:, :48], atol=SAME_MATH)
 
 
+def test_operations_are_those_that_xla_counts():
+    """Before it optimises; besides products it counts norms, sums, softmax and distances."""
+    model = build("pointr", "pcn", attention_implementation="reference")
+    run = jax.jit(lambda p, b: model.apply({"params": p}, **b).fine)
+    counted = run.lower(abstract_params(model), model.example(1)).cost_analysis()["flops"]
+    assert counted / 1.05 < model.flops() < counted
+
+
 def test_every_parameter_is_trained():
     _, params, step = prepared()
     _, gradients = step(params, draw())

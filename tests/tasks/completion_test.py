@@ -15,6 +15,7 @@ from attnjax.models.load import abstract_params, build
 from attnjax.parallel import make_mesh
 from attnjax.tasks.completion import Completion
 from attnjax.train.loop import run
+from attnjax.train.optimizer import make_schedule
 
 SIZES = dict(
     points=32, groups=(24, 16), queries=8, fold=2, width=16, num_heads=2, global_width=16,
@@ -83,6 +84,19 @@ def test_bad_batches_are_refused(bound):
         Completion(build("sequence_mixer"))
     with pytest.raises(RecipeError, match=r"task.threshold=0.0 is out of range"):
         Completion(task.model, threshold=0.0)
+
+
+@pytest.mark.parametrize("variant", ["cab", "pcn"])
+def test_recipe_of_pcn_is_the_published_one(variant):
+    loaded = recipe.load(f"configs/cab/pointr_pcn.py:{variant}").validate()
+    epoch = 28_974 // 48
+    assert (loaded.steps, loaded.batch) == (300 * epoch, 48)
+    assert (loaded.optim.lr, loaded.optim.weight_decay) == (5e-4, 5e-4)
+    schedule = make_schedule(loaded.optim, loaded.steps)
+    for number, factor in {0: 1, 21: 0.9, 42: 0.81, 299: 0.9 ** (299 / 21), 2000: 0.02}.items():
+        np.testing.assert_allclose(schedule(number * epoch), 5e-4 * factor, rtol=1e-4)
+    model = build("pointr", loaded.model["preset"])
+    assert (model.points, model.completed) == (2_048, 16_384)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from attnjax.models.load import abstract_params, build
 from attnjax.parallel import make_mesh
 from attnjax.tasks.forecasting import Forecasting
 from attnjax.train.loop import run
+from attnjax.train.optimizer import make_schedule
 
 SIZES = dict(
     lengths=(8, 4, 4), channels=2, width=16, num_heads=2, hidden=16, depth=(1, 1), dropout=0.0
@@ -80,6 +81,19 @@ def test_bad_batches_are_refused(bound):
         task.check({**batch, "future": broken})
     with pytest.raises(RecipeError, match="SequenceMixer is no forecaster: it has no horizon"):
         Forecasting(build("sequence_mixer"))
+
+
+def test_learning_rate_is_halved_as_in_the_release():
+    """After the second epoch for the first time: 1, 1, 1/2, 1/4, 1/8, 1/16."""
+    loaded = recipe.load("configs/cab/informer_ett.py:etth1_m").validate()
+    epoch = (8_640 - 336 - 720 + 1) // 32
+    assert (loaded.steps, loaded.batch) == (6 * epoch, 32)
+    schedule = make_schedule(loaded.optim, loaded.steps)
+    rates = [
+        float(schedule(number * epoch + step)) for number in range(6) for step in (0, epoch - 1)
+    ]
+    expected = np.repeat([1, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 16], 2) * 1e-4
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
 @pytest.fixture
