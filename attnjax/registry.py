@@ -61,12 +61,16 @@ BACKBONES = {
 """Networks that systems and recipes start from; no paper of their own."""
 
 MODELS = {
+    "informer": "attnjax.models.informer:Informer",
+    "pointr": "attnjax.models.pointr:PoinTr",
     "sequence_mixer": "attnjax.models.sequence_mixer:SequenceMixer",
 }
 """Models that belong to a system of another kind."""
 
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
+    "completion": "attnjax.tasks.completion:Completion",
+    "forecasting": "attnjax.tasks.forecasting:Forecasting",
     "language": "attnjax.tasks.language:LanguageModelling",
     "masked_language": "attnjax.tasks.masked_language:MaskedLanguageModelling",
     "next_token": "attnjax.tasks.sequence:NextToken",
@@ -96,7 +100,11 @@ SOURCES = {
     "lra_text": "attnjax.data.lra:LraText",
     "moving_average": "attnjax.data.sequences:MovingAverage",
     "needle": "attnjax.data.sequences:Needle",
+    "parametric_shapes": "attnjax.data.points:ParametricShapes",
     "pathfinder": "attnjax.data.sequences:Pathfinder",
+    "pcn": "attnjax.data.points:Pcn",
+    "seasonal_series": "attnjax.data.series:SeasonalSeries",
+    "series_file": "attnjax.data.series:SeriesFile",
     "text_bytes": "attnjax.data.lra:TextBytes",
 }
 
@@ -105,6 +113,7 @@ PIPELINES = {
     "image_train": "attnjax.data.pipelines:ImageTrain",
     "image_eval": "attnjax.data.pipelines:ImageEval",
     "mask_tokens": "attnjax.data.masking:MaskTokens",
+    "point_clouds": "attnjax.data.points:PointClouds",
     "small_images": "attnjax.data.pipelines:SmallImages",
 }
 

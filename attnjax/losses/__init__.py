@@ -3,5 +3,13 @@
 
 from attnjax.losses.classification import cross_entropy, soft_targets
 from attnjax.losses.language import TokenLosses, token_losses
+from attnjax.losses.points import chamfer_l1, chamfer_l2
 
-__all__ = ["TokenLosses", "cross_entropy", "soft_targets", "token_losses"]
+__all__ = [
+    "TokenLosses",
+    "chamfer_l1",
+    "chamfer_l2",
+    "cross_entropy",
+    "soft_targets",
+    "token_losses",
+]

@@ -4,6 +4,7 @@
 from attnjax.metrics.confusion import ConfusionMatrix
 from attnjax.metrics.language import BitsPerByte, Perplexity
 from attnjax.metrics.mean import Accuracy, Mean, TopK
+from attnjax.metrics.points import f_score
 from attnjax.metrics.state import Metric, compute, merge
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "Perplexity",
     "TopK",
     "compute",
+    "f_score",
     "merge",
 ]

@@ -2,6 +2,8 @@
 """Tasks bind a model, its loss and its metrics to the one contract the trainer knows."""
 
 from attnjax.tasks.classification import Classification
+from attnjax.tasks.completion import Completion
+from attnjax.tasks.forecasting import Forecasting
 from attnjax.tasks.language import LanguageModelling
 from attnjax.tasks.masked_language import MaskedLanguageModelling
 from attnjax.tasks.sequence import NextToken, PositionRegression
@@ -10,6 +12,8 @@ from attnjax.tasks.task import Task
 
 __all__ = [
     "Classification",
+    "Completion",
+    "Forecasting",
     "LanguageModelling",
     "MaskedLanguageModelling",
     "NextToken",
