@@ -59,6 +59,7 @@ BACKBONES = {
 
 MODELS = {
     "sequence_mixer": "attnjax.models.sequence_mixer:SequenceMixer",
+    "sr3": "attnjax.models.sr3:SR3",
 }
 """Models that belong to a system of another kind."""
 
@@ -67,6 +68,7 @@ TASKS = {
     "language": "attnjax.tasks.language:LanguageModelling",
     "next_token": "attnjax.tasks.sequence:NextToken",
     "position_regression": "attnjax.tasks.sequence:PositionRegression",
+    "super_resolution": "attnjax.tasks.super_resolution:SuperResolution",
 }
 
 SOURCES = {
@@ -78,6 +80,7 @@ SOURCES = {
     "markov_text": "attnjax.data.text:MarkovText",
     "text_files": "attnjax.data.text:TextFiles",
     "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
+    "digit_pairs": "attnjax.data.pictures:DigitPairs",
     "digit_sequences": "attnjax.data.lra:DigitSequences",
     "listops": "attnjax.data.sequences:ListOps",
     "lra_image": "attnjax.data.lra:LraImage",
@@ -88,6 +91,8 @@ SOURCES = {
     "moving_average": "attnjax.data.sequences:MovingAverage",
     "needle": "attnjax.data.sequences:Needle",
     "pathfinder": "attnjax.data.sequences:Pathfinder",
+    "photo_pairs": "attnjax.data.pictures:PhotoPairs",
+    "picture_folders": "attnjax.data.pictures:PictureFolders",
     "text_bytes": "attnjax.data.lra:TextBytes",
 }
 
@@ -95,6 +100,7 @@ PIPELINES = {
     "arrays": "attnjax.data.pipelines:Arrays",
     "image_train": "attnjax.data.pipelines:ImageTrain",
     "image_eval": "attnjax.data.pipelines:ImageEval",
+    "picture_pairs": "attnjax.data.pictures:PicturePairs",
     "small_images": "attnjax.data.pipelines:SmallImages",
 }
 

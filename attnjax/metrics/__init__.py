@@ -2,6 +2,7 @@
 """Metrics as mergeable states: sums and counts that add up exactly over batches and hosts."""
 
 from attnjax.metrics.confusion import ConfusionMatrix
+from attnjax.metrics.images import psnr, ssim, to_uint8
 from attnjax.metrics.language import BitsPerByte, Perplexity
 from attnjax.metrics.mean import Accuracy, Mean, TopK
 from attnjax.metrics.state import Metric, compute, merge
@@ -16,4 +17,7 @@ __all__ = [
     "TopK",
     "compute",
     "merge",
+    "psnr",
+    "ssim",
+    "to_uint8",
 ]

@@ -4,6 +4,14 @@
 from attnjax.tasks.classification import Classification
 from attnjax.tasks.language import LanguageModelling
 from attnjax.tasks.sequence import NextToken, PositionRegression
+from attnjax.tasks.super_resolution import SuperResolution
 from attnjax.tasks.task import Task
 
-__all__ = ["Classification", "LanguageModelling", "NextToken", "PositionRegression", "Task"]
+__all__ = [
+    "Classification",
+    "LanguageModelling",
+    "NextToken",
+    "PositionRegression",
+    "SuperResolution",
+    "Task",
+]
