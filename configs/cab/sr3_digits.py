@@ -6,8 +6,9 @@ Any attention: --config.model.attention=NAME.
 
 Run:     python -m launch.train --config=configs/cab/sr3_digits.py --workdir=DIR
 Data:    bundled with scikit-learn, no network; 1,437 digits train, 360 test
-Cost:    COST
-Expect:  EXPECT
+Cost:    73 s on two CPU cores; photographs about 25 minutes (7 examples/s, 50 steps per sample)
+Expect:  digits test/psnr above 17 and test/ssim above 0.85 (seed 0: 18.3 and 0.90), against 13.2
+         and 0.58 of the bicubic filter (test/low_psnr, test/low_ssim); photographs not measured
 """
 
 from attnjax.errors import RecipeError
@@ -26,7 +27,7 @@ def get_config(variant: str = "") -> Recipe:
     test = Data(source={**source, "split": "test"}, pipeline={"name": "picture_pairs"})
     return Recipe(
         seed=0,
-        steps=1_000,
+        steps=600,
         batch=64 if is_small else 16,
         model={"name": "sr3", "preset": "4-8" if is_small else "16-64", "attention": "softmax"},
         task={
@@ -40,6 +41,6 @@ def get_config(variant: str = "") -> Recipe:
         ),
         optim=Optim(name="adamw", lr=1e-3, decay="constant"),
         evals={"test": Evaluation(data=test, batch=120 if is_small else 18)},
-        checkpoint=Checkpoint(every=200, keep=5),
+        checkpoint=Checkpoint(every=100, keep=5),
         report=Report(every=50, samples=0),
     )

@@ -6,7 +6,8 @@ Others than the variants: --config.model.attention=NAME. CAB evaluates the mean 
 checkpoints: python -m launch.evaluate --workdir=DIR --last=5
 
 Run:     python -m launch.train --config=configs/cab/sr3_faces.py:local --workdir=DIR
-Data:    $ATTNJAX_DATA/ffhq_16_128 and $ATTNJAX_DATA/celebahq_16_128, each with folders hr_128,
+         --config.data.source.root=ROOT --config.evals.val.data.source.root=ROOT
+Data:    data/ffhq_16_128 and data/celebahq_16_128 or the roots given, each with folders hr_128,
          lr_16 and sr_16_128 of PNG files, as the public code of SR3 prepares them
 Cost:    not measured by us; CAB uses one A100 of 80 GB
 Expect:  with --last=5 val/psnr 23.33, val/ssim 0.682 for local attention (CAB's table; softmax in
@@ -25,7 +26,7 @@ def get_config(variant: str = "") -> Recipe:
     if attention not in VARIANTS:
         raise RecipeError(f"unknown variant {variant!r}: {nearest(variant, VARIANTS)}")
     faces = lambda root, **options: {
-        "name": "picture_folders", "root": f"$ATTNJAX_DATA/{root}", "small": 16, "large": 128,
+        "name": "picture_folders", "root": f"data/{root}", "small": 16, "large": 128,
         **options,
     }  # fmt: skip
     validation = Data(

@@ -27,7 +27,7 @@ SMALL = {"image_size": 8, "channels": 2, "width": 8, "multipliers": (1, 2), "dep
 TOLERANCE = 2e-5
 HALF = 5e-2  # eight bits of mantissa, likewise
 
-COUNTS = {"16-128": 99_466_627, "16-64": 6_238_723, "4-8": 599_009}
+COUNTS = {"16-128": 99_466_627, "16-64": 2_685_795, "4-8": 599_009}
 
 
 def close(ours, expected, tolerance=TOLERANCE, message=""):
@@ -303,6 +303,7 @@ def test_inputs_of_another_shape_are_refused():
             model.apply({"params": params}, **batch | {name: batch[name][..., None]})
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
     model, params, run = make()
     batch, mesh = draw(model, 8), make_mesh({"data": 2, "fsdp": 2, "model": 2})
