@@ -139,7 +139,10 @@ class PictureAttention(nn.Module):
             self.attention, self.num_heads, kernel_init=self.kernel_init, dtype=self.dtype,
             implementation=self.implementation, name="attention",
         )  # fmt: skip
-        return x + attend(tokens_bpc, train=train).reshape(x.shape)
+        branch_byxc = attend(tokens_bpc, train=train).reshape(x.shape)
+        # Pixels that devices have shared for attention come together again before convolutions:
+        # XLA computes wrong ones of divided pictures with kernels divided over the same devices.
+        return x + constrain(branch_byxc, "batch", None, None, None)
 
 
 class Downsample(nn.Module):

@@ -34,6 +34,10 @@ class SuperResolution(ModelTask):
     `low` is the low-resolution picture enlarged to the size of `high`. In evaluation the batch may
     hold `valid [b]` bool. Pictures are sampled with noise from a fixed key and from the picture to
     be enlarged, so that neither its place in a batch nor the batch's size matters.
+
+    Attributes:
+      levels: float64 `[T + 1]`, signal levels to train at.
+      sample_levels: those that a sample passes through, from the last to the first.
     """
 
     def __init__(
