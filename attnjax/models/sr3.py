@@ -58,6 +58,7 @@ PRESETS = {
         "width": 32,
         "multipliers": (1, 2),
         "depth": 1,
+        "attention_sides": (8,),
         "groups": 8,
         "dropout": 0.0,
     },

@@ -6,9 +6,10 @@ Any attention: --config.model.attention=NAME.
 
 Run:     python -m launch.train --config=configs/cab/sr3_digits.py --workdir=DIR
 Data:    bundled with scikit-learn, no network; 1,437 digits train, 360 test
-Cost:    73 s on two CPU cores; photographs about 25 minutes (7 examples/s, 50 steps per sample)
-Expect:  digits test/psnr above 17 and test/ssim above 0.85 (seed 0: 18.3 and 0.90), against 13.2
-         and 0.58 of the bicubic filter (test/low_psnr, test/low_ssim); photographs not measured
+Cost:    about two minutes on two shared CPU cores; photographs about 25 (7 examples/s)
+Expect:  digits test/psnr above 17 and test/ssim above 0.85 (seed 0: softmax 18.3 and 0.90, local
+         18.4 and 0.90), against 13.2 and 0.58 of the bicubic filter (test/low_psnr,
+         test/low_ssim); photographs not measured
 """
 
 from attnjax.errors import RecipeError

@@ -76,7 +76,8 @@ def test_loss_by_hand():
     """Half of what the model says is dropped, so that an error is that of nothing or of twice."""
     task, params = make()
     batch, key = draw(), jax.random.key(3)
-    loss, values = jax.jit(task.loss)(params, batch, key, 0)
+    run = jax.jit(task.loss, compiler_options=QUICK)
+    loss, values = run(params, batch, key, 0)
     assert values == {"noise_error": loss} and loss.dtype == jnp.float32
     level_key, noise_key, _, _ = jax.random.split(key, 4)
     level = np.asarray(diffusion.sample_levels(level_key, task.levels, 3), np.float64)
@@ -88,7 +89,7 @@ def test_loss_by_hand():
     assert abs(float(loss) - np.mean(either)) < 4 * np.sqrt(np.mean(spread**2))
     without = task._errors(params, batch, jnp.float32(noise), jnp.float32(level[:, 0, 0, 0]))
     np.testing.assert_allclose(without, np.abs(noise - seen).mean((1, 2, 3)), rtol=TOLERANCE)
-    assert float(task.loss(params, batch, jax.random.key(4), 0)[0]) != float(loss)
+    assert float(run(params, batch, jax.random.key(4), 0)[0]) != float(loss)
 
 
 def test_samples_depend_on_their_picture_and_the_seed():
@@ -130,7 +131,15 @@ def test_metrics_of_a_batch():
         assert merged[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_two_steps_through_the_trainer(tmp_path):
+@pytest.fixture
+def quick():
+    """Compile everything without optimising it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_two_steps_through_the_trainer(tmp_path, quick):
     """Folders of pictures, local attention between their pixels, evaluation by samples."""
     rng = np.random.default_rng(0)
     for i in range(8):
