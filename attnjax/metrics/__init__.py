@@ -2,6 +2,7 @@
 """Metrics as mergeable states: sums and counts that add up exactly over batches and hosts."""
 
 from attnjax.metrics.confusion import ConfusionMatrix
+from attnjax.metrics.images import psnr, ssim, to_uint8
 from attnjax.metrics.language import BitsPerByte, Perplexity
 from attnjax.metrics.mean import Accuracy, Mean, TopK
 from attnjax.metrics.points import f_score
@@ -18,4 +19,7 @@ __all__ = [
     "compute",
     "f_score",
     "merge",
+    "psnr",
+    "ssim",
+    "to_uint8",
 ]

@@ -53,3 +53,38 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return normal.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Normalise groups of channels over all places, then scale and shift every channel.
+
+    Wu and He, "Group Normalization", arXiv 1803.08494.
+
+    Attributes:
+      groups: how many there are; divides the channels.
+      epsilon: added to the variance.
+      dtype: of the output.
+    """
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalise `x [b, ..., c]`; returns the same shape in `dtype`.
+
+        Raises:
+          ValueError: the groups do not divide the channels.
+        """
+        channels = x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(f"groups={self.groups} must divide the {channels} channels")
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        centred = grouped - jnp.mean(grouped, axis=axes, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
+        normal = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (normal * scale + bias).astype(self.dtype)

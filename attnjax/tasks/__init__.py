@@ -8,6 +8,7 @@ from attnjax.tasks.language import LanguageModelling
 from attnjax.tasks.masked_language import MaskedLanguageModelling
 from attnjax.tasks.sequence import NextToken, PositionRegression
 from attnjax.tasks.sequence_to_sequence import SequenceToSequence
+from attnjax.tasks.super_resolution import SuperResolution
 from attnjax.tasks.task import Task
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "NextToken",
     "PositionRegression",
     "SequenceToSequence",
+    "SuperResolution",
     "Task",
 ]
