@@ -2,7 +2,7 @@
 """Test set-up: eight virtual CPU devices, every warning an error, little optimisation by XLA.
 
 Most of the time of the default tests is compilation, and half of that LLVM's optimisation of
-programs that run once. `XLA_FLAGS="" pytest` optimises as users' programs are; `make test-slow` does.
+programs that run once. `XLA_FLAGS= pytest` optimises as for users; `make test-slow` does.
 """
 
 import os
