@@ -14,7 +14,7 @@ GOLDENS = pathlib.Path(__file__).parents[1] / "goldens/pictures.npz"
 
 # Float32 moments of pixels up to 255, against float64: scikit-image and ours agree this far.
 TOLERANCE = 2e-6
-DECIBELS = 1e-5  # the rounding of a float32 mean, times 10 / ln 10
+DECIBELS = 1e-4  # a float32 sum of 768 equal squares one by one, times 10 / ln 10
 
 
 def test_against_scikit_image():

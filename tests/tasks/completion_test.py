@@ -107,6 +107,7 @@ def quick():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
 def test_two_steps_of_the_shipped_recipe(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(
         "attnjax.train.loop.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1])
