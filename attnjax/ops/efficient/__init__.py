@@ -14,6 +14,9 @@ projections, Nystrom's method and state spaces are shared with `attnjax.ops.line
 import dataclasses
 from typing import Any
 
+from attnjax.ops.efficient.abc import Abc
+from attnjax.ops.efficient.nystrom import Nystrom
+from attnjax.ops.efficient.performer import Performer
 from attnjax.ops.efficient.softmax import Local, Softmax
 from attnjax.ops.efficient.template import PATTERNS, PatternAttention, Stream, pattern_of
 from attnjax.registry import nearest
@@ -21,8 +24,11 @@ from attnjax.registry import nearest
 __all__ = ["ATTENTIONS", "PATTERNS", "PatternAttention", "Stream", "make", "pattern_of"]
 
 ATTENTIONS: dict[str, type[PatternAttention]] = {
-    "softmax": Softmax,
+    "abc": Abc,
     "local": Local,
+    "nystrom": Nystrom,
+    "performer": Performer,
+    "softmax": Softmax,
 }
 """Name -> class."""
 
