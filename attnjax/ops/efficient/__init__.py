@@ -15,8 +15,11 @@ import dataclasses
 from typing import Any
 
 from attnjax.ops.efficient.abc import Abc
+from attnjax.ops.efficient.cosformer import Cosformer
+from attnjax.ops.efficient.lara import Lara
 from attnjax.ops.efficient.nystrom import Nystrom
 from attnjax.ops.efficient.performer import Performer
+from attnjax.ops.efficient.prob_sparse import ProbSparse
 from attnjax.ops.efficient.softmax import Local, Softmax
 from attnjax.ops.efficient.template import PATTERNS, PatternAttention, Stream, pattern_of
 from attnjax.registry import nearest
@@ -25,9 +28,12 @@ __all__ = ["ATTENTIONS", "PATTERNS", "PatternAttention", "Stream", "make", "patt
 
 ATTENTIONS: dict[str, type[PatternAttention]] = {
     "abc": Abc,
+    "cosformer": Cosformer,
+    "lara": Lara,
     "local": Local,
     "nystrom": Nystrom,
     "performer": Performer,
+    "prob_sparse": ProbSparse,
     "softmax": Softmax,
 }
 """Name -> class."""

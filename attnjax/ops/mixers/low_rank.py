@@ -17,6 +17,7 @@ import numpy as np
 
 from attnjax.ops import mask as masks
 from attnjax.ops.attention import attention
+from attnjax.ops.mask import Mask
 from attnjax.ops.mixers.template import Attention, check_length, check_positive, masked
 from attnjax.typing import Array
 
@@ -165,14 +166,24 @@ def nystrom_attention(
         return out_btnh
     # With so few valid tokens every segment is one token, or empty.
     few_value = segment_means(masked(value, valid), landmarks, valid)
-    exact_btnh = attention(query, few_key, few_value, mask=_filled(valid, landmarks), scale=scale)
+    exact_btnh = attention(
+        query, few_key, few_value, mask=filled_segments(valid, landmarks), scale=scale
+    )
     is_few_b = valid.sum(axis=1) <= landmarks
     return jnp.where(is_few_b[:, None, None, None], exact_btnh, out_btnh)
 
 
-def _filled(valid_bt, segments):
-    """Show the segments that hold a token, of examples that have at most one for each."""
-    empty_b1 = segments - valid_bt.sum(axis=1, keepdims=True)
+def filled_segments(valid: Array, segments: int) -> Mask:
+    """Show the segments of `segment_means` that hold a token.
+
+    Args:
+      valid: bool `[b,t]`.
+      segments: m.
+
+    Returns:
+      A mask of `[b,1,1,m]`.
+    """
+    empty_b1 = segments - valid.sum(axis=1, keepdims=True)
     return masks.array((jnp.arange(segments) >= empty_b1)[:, None, None, :])
 
 

