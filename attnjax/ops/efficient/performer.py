@@ -29,8 +29,7 @@ FLOOR, OFFSET = 0.1, 1e-4
 class Performer(PatternAttention):
     """Linear attention with random features whose products estimate exp(q . k / sqrt(h)).
 
-    The largest exponent of a query and of all its keys is subtracted before the exponential, as it
-    cancels in the quotient.
+    The largest exponents are subtracted before the exponential, as they cancel in the quotient.
 
     Attributes:
       features: m, random features of a head.
@@ -84,29 +83,33 @@ class Performer(PatternAttention):
         return self._read(self.projection(*query.shape[2:]), query, summary)
 
     def _summary(self, projection_nmh, key, value, key_valid):
-        """Return sum_j phi(k_j) v_j^T `[b,n,m,h]` and sum_j phi(k_j) `[b,n,m]`, up to a factor."""
+        """Return sum_j phi(k_j)_r v_j^T, sum_j phi(k_j)_r and the log of what both lack, by r."""
         linear_bsnm, norm_bsn1 = _exponents(key, projection_nmh)
         if self.compat:
-            exponent_bsnm = linear_bsnm - norm_bsn1 - linear_bsnm.max(axis=(1, 3), keepdims=True)
+            top_b1n1 = linear_bsnm.max(axis=(1, 3), keepdims=True)
+            shift_b1nm = jnp.zeros_like(linear_bsnm[:, :1])
+            exponent_bsnm = linear_bsnm - norm_bsn1 - top_b1n1
         else:
             exponent_bsnm = linear_bsnm - norm_bsn1
             if key_valid is not None:
                 exponent_bsnm = jnp.where(key_valid[:, :, None, None], exponent_bsnm, EMPTY_LSE)
-            top = exponent_bsnm.max(axis=(1, 3), keepdims=True)
-            exponent_bsnm = exponent_bsnm - jax.lax.stop_gradient(top)
+            # Every feature by its own largest: then some term of every quotient's denominator is 1.
+            shift_b1nm = jax.lax.stop_gradient(exponent_bsnm.max(axis=1, keepdims=True))
+            exponent_bsnm = exponent_bsnm - shift_b1nm
         features_bsnm = masked(self._features(exponent_bsnm), key_valid)
         summary_bnmh = jnp.einsum("bsnm,bsnh->bnmh", features_bsnm, value.astype(jnp.float32))
-        return summary_bnmh, features_bsnm.sum(axis=1)
+        return summary_bnmh, features_bsnm.sum(axis=1), shift_b1nm
 
     def _read(self, projection_nmh, query, summary):
-        summary_bnmh, total_bnm = summary
+        summary_bnmh, total_bnm, shift_b1nm = summary
         linear_btnm, norm_btn1 = _exponents(query, projection_nmh)
         if self.compat:
             exponent_btnm = linear_btnm - norm_btn1 - linear_btnm.max(axis=3, keepdims=True)
         else:
-            exponent_btnm = linear_btnm - jax.lax.stop_gradient(
-                linear_btnm.max(axis=3, keepdims=True)
-            )
+            # |q|^2 cancels.
+            linear_btnm = linear_btnm + shift_b1nm
+            top_btn1 = jax.lax.stop_gradient(linear_btnm.max(axis=3, keepdims=True))
+            exponent_btnm = linear_btnm - top_btn1
         features_btnm = self._features(exponent_btnm)
         out_btnh = jnp.einsum("btnm,bnmh->btnh", features_btnm, summary_bnmh)
         total_btn1 = jnp.einsum("btnm,bnm->btn", features_btnm, total_bnm)[..., None]

@@ -85,19 +85,29 @@ class ProbSparse(PatternAttention):
             return max(1, min(self.factor * logarithm, length))
         return jnp.minimum(self.factor * logarithm, length).clip(1)
 
+    def draw(self, rng, length, number):
+        """Return where in its keys each query looks, float32 `[length]` in [0, 1).
+
+        Args:
+          rng: typed key.
+          length: t.
+          number: how often it has looked before.
+        """
+        look = jax.random.fold_in(rng, number)
+        draw = lambda position: jax.random.uniform(jax.random.fold_in(look, position))
+        return jax.vmap(draw)(jnp.arange(length))
+
     def _measure(self, rng, query, key, valid, count_b):
         """Return M `[b,n,t]` float32."""
         # Valid keys first, so that a drawn rank is a place.
         order_bs = jnp.argsort(~valid, axis=1, stable=True)
         query, key = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (query, key))
         key = jnp.take_along_axis(key, order_bs[:, :, None, None], axis=1)
-        row_keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(query.shape[1]))
         own_b = self.count(count_b)
 
         def look(measured, u):
             top_btn, sum_btn = measured
-            draw = lambda key: jax.random.uniform(jax.random.fold_in(key, u))
-            rank_bt = (jax.vmap(draw)(row_keys) * count_b[:, None]).astype(jnp.int32)
+            rank_bt = (self.draw(rng, query.shape[1], u) * count_b[:, None]).astype(jnp.int32)
             rank_bt = jnp.minimum(rank_bt, count_b[:, None].clip(1) - 1)
             drawn_btnh = jnp.take_along_axis(key, rank_bt[:, :, None, None], axis=1)
             score_btn = jnp.sum(query * drawn_btnh, axis=-1)

@@ -145,7 +145,7 @@ def nystrom_attention(
       iterations: see `pseudo_inverse`.
       scale: of the scores; `h ** -0.5` if None (the reference code has 1 / h).
       valid: bool `[b,t]`, False at padding, which then changes nothing.
-      is_padding_divided: divide padding into segments, too, where it counts as zero, as in the
+      is_padding_divided: divide padding into segments, too, where its keys count as zero, as in the
         reference code: then it changes the result.
       is_scale_shared: see `pseudo_inverse`.
 
@@ -156,7 +156,8 @@ def nystrom_attention(
     if query.shape[1] <= landmarks:
         return attention(query, key, value, mask=seen, scale=scale)
     divided = None if is_padding_divided else valid
-    few_query, few_key = (segment_means(masked(x, valid), landmarks, divided) for x in (query, key))
+    few_query = segment_means(masked(query, divided), landmarks, divided)
+    few_key = segment_means(masked(key, valid), landmarks, divided)
     inner = attention(few_query, few_key, few_key, scale=scale, return_probabilities=True)
     inverse_bnmm = pseudo_inverse(inner.probabilities, iterations, is_scale_shared=is_scale_shared)
     gathered_bmnh = attention(few_query, key, value, mask=seen, scale=scale)
