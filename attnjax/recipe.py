@@ -54,7 +54,7 @@ class Optim:
       lr: peak learning rate.
       warmup: steps of linear warm-up from `warmup_lr`.
       warmup_lr: learning rate of step 0.
-      decay: `cosine`, `linear` or `constant`.
+      decay: `cosine`, `linear`, `inverse_sqrt` or `constant`.
       end_lr: learning rate reached at `steps - cooldown` and kept for the cool-down.
       cooldown: last steps at `end_lr`.
       weight_decay: decoupled decay, for parameters that no pattern of `no_decay` matches.
@@ -191,7 +191,7 @@ class Recipe:
         _require(self.batch >= 1, "batch", self.batch, "at least 1")
         optim = self.optim
         _choice("optim.name", optim.name, ("adamw", "sgd", "lion", "adafactor"))
-        _choice("optim.decay", optim.decay, ("cosine", "linear", "constant"))
+        _choice("optim.decay", optim.decay, ("cosine", "linear", "inverse_sqrt", "constant"))
         _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
         _require(optim.accumulate >= 1, "optim.accumulate", optim.accumulate, "at least 1")
         _require(0 <= optim.ema < 1, "optim.ema", optim.ema, "in [0, 1)")

@@ -54,6 +54,9 @@ SYSTEMS = {
 
 BACKBONES = {
     "decoder": "attnjax.models.decoder:Decoder",
+    "encoder": "attnjax.models.encoder:Encoder",
+    "encoder_decoder": "attnjax.models.encoder_decoder:EncoderDecoder",
+    "gpt2": "attnjax.models.gpt2:GPT2",
 }
 """Networks that systems and recipes start from; no paper of their own."""
 
@@ -65,8 +68,10 @@ MODELS = {
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
     "language": "attnjax.tasks.language:LanguageModelling",
+    "masked_language": "attnjax.tasks.masked_language:MaskedLanguageModelling",
     "next_token": "attnjax.tasks.sequence:NextToken",
     "position_regression": "attnjax.tasks.sequence:PositionRegression",
+    "sequence_to_sequence": "attnjax.tasks.sequence_to_sequence:SequenceToSequence",
 }
 
 SOURCES = {
@@ -76,7 +81,11 @@ SOURCES = {
     "information_exchange": "attnjax.data.synthetic:InformationExchange",
     "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
     "markov_text": "attnjax.data.text:MarkovText",
+    "copy_sort": "attnjax.data.pairs:CopySort",
+    "multi_news": "attnjax.data.pairs:MultiNews",
+    "stdlib_text": "attnjax.data.text:StandardLibraryText",
     "text_files": "attnjax.data.text:TextFiles",
+    "text_pairs": "attnjax.data.pairs:TextPairs",
     "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
     "digit_sequences": "attnjax.data.lra:DigitSequences",
     "listops": "attnjax.data.sequences:ListOps",
@@ -95,6 +104,7 @@ PIPELINES = {
     "arrays": "attnjax.data.pipelines:Arrays",
     "image_train": "attnjax.data.pipelines:ImageTrain",
     "image_eval": "attnjax.data.pipelines:ImageEval",
+    "mask_tokens": "attnjax.data.masking:MaskTokens",
     "small_images": "attnjax.data.pipelines:SmallImages",
 }
 

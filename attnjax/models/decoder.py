@@ -173,13 +173,24 @@ class Decoder(nn.Module):
         normal_btd, aux = self.encode(tokens, segments, positions)
         return Output(logits=self._logits(normal_btd), aux=aux)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether tokens see no later ones."""
+        return self.attention == "causal"
+
     def encode(
-        self, tokens: Array, segments: Array | None = None, positions: Array | None = None
+        self,
+        tokens: Array,
+        segments: Array | None = None,
+        positions: Array | None = None,
+        *,
+        train: bool = False,
     ) -> tuple[Array, dict[str, Array]]:
         """Return the normalised last hidden states `[b, t, d]`, and `Output.aux`.
 
         Arguments as in `__call__`.
         """
+        del train
         self._check(tokens, segments, positions)
         if positions is None and segments is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

@@ -3,7 +3,17 @@
 
 from attnjax.tasks.classification import Classification
 from attnjax.tasks.language import LanguageModelling
+from attnjax.tasks.masked_language import MaskedLanguageModelling
 from attnjax.tasks.sequence import NextToken, PositionRegression
+from attnjax.tasks.sequence_to_sequence import SequenceToSequence
 from attnjax.tasks.task import Task
 
-__all__ = ["Classification", "LanguageModelling", "NextToken", "PositionRegression", "Task"]
+__all__ = [
+    "Classification",
+    "LanguageModelling",
+    "MaskedLanguageModelling",
+    "NextToken",
+    "PositionRegression",
+    "SequenceToSequence",
+    "Task",
+]

@@ -5,6 +5,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from attnjax.parallel.rules import leaf_path
@@ -16,7 +17,9 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the step.
 
     Linear warm-up from `warmup_lr` to `lr`, then the decay to `end_lr`, reached `cooldown` steps
-    before the end and kept.
+    before the end and kept; or, with the decay "inverse_sqrt", at step t after the warm-up
+
+        lr * sqrt(warmup / t)
 
     Args:
       optim: the recipe's optimiser section.
@@ -30,6 +33,10 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
         decay = optax.cosine_decay_schedule(optim.lr, body, alpha=optim.end_lr / optim.lr)
     elif optim.decay == "linear":
         decay = optax.linear_schedule(optim.lr, optim.end_lr, body)
+    elif optim.decay == "inverse_sqrt":
+        start = max(1, optim.warmup)
+        # Joined schedules are asked about steps before their own, too.
+        decay = lambda later: optim.lr * jnp.sqrt(start / (start + jnp.maximum(later, 0)))
     else:
         decay = optax.constant_schedule(optim.lr)
     if not optim.warmup:
