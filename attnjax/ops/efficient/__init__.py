@@ -14,7 +14,9 @@ projections, Nystrom's method and state spaces are shared with `attnjax.ops.line
 import dataclasses
 from typing import Any
 
+from attnjax.ops.efficient.long_short import LongShort
 from attnjax.ops.efficient.softmax import Local, Softmax
+from attnjax.ops.efficient.state_space import S4D
 from attnjax.ops.efficient.template import PATTERNS, PatternAttention, Stream, pattern_of
 from attnjax.registry import nearest
 
@@ -23,6 +25,8 @@ __all__ = ["ATTENTIONS", "PATTERNS", "PatternAttention", "Stream", "make", "patt
 ATTENTIONS: dict[str, type[PatternAttention]] = {
     "softmax": Softmax,
     "local": Local,
+    "long_short": LongShort,
+    "s4d": S4D,
 }
 """Name -> class."""
 
