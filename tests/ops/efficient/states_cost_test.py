@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What S4D and long-short attention cost: operations against the traced program, memory by length."""
+"""What S4D and long-short attention cost: operations of the traced program, memory by length."""
 
 import math
 
@@ -77,6 +77,5 @@ def test_temporaries_grow_linearly(case):
         return run.lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
     sizes = [used(2**i) for i in (10, 11, 12, 13)]
-    print(case, sizes)
     assert sizes[-1] < 1.25 * 8 * sizes[0]
     assert sizes[-1] < 1.25 * 2 * sizes[-2]
