@@ -64,6 +64,7 @@ class LongShort(PatternAttention):
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset({"noncausal_self", "causal_self"})
+    rotates: ClassVar[bool] = False
 
     window: int | None = None
     landmarks: int = 16
@@ -84,10 +85,6 @@ class LongShort(PatternAttention):
             raise ValueError(f"conv={self.conv}: only the noncausal form has one")
         if self.memory < 0 or self.memory % self.chunk:
             raise ValueError(f"memory={self.memory}: must be a multiple of chunk={self.chunk}")
-        if self.rotary_base is not None:
-            raise ValueError(
-                f"rotary_base={self.rotary_base}: compressed keys have no place to rotate to"
-            )
 
     @property
     def reach(self) -> int:

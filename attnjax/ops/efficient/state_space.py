@@ -40,6 +40,7 @@ class S4D(PatternAttention):
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset({"noncausal_self", "causal_self"})
+    rotates: ClassVar[bool] = False
 
     states: int = 8
     bidirectional: bool | None = None
@@ -50,8 +51,6 @@ class S4D(PatternAttention):
         check_positive(self, "states")
         if self.causal and self.bidirectional:
             raise ValueError("bidirectional=True: the causal form cannot look ahead")
-        if self.rotary_base is not None:
-            raise ValueError(f"rotary_base={self.rotary_base}: S4D has no queries and keys")
 
     @property
     def looks_ahead(self) -> bool:

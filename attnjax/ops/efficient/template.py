@@ -75,6 +75,8 @@ class PatternAttention:
     """Whether it computes softmax attention; such attentions take a mask and a bias of scores."""
     is_random: ClassVar[bool] = False
     """Whether outputs depend on `rng`."""
+    rotates: ClassVar[bool] = True
+    """Whether there are queries and keys that positions can rotate."""
 
     causal: bool = False
     cross: bool = False
@@ -86,6 +88,9 @@ class PatternAttention:
             raise ValueError(f"{type(self).__name__} has no {self.pattern} form; it has {served}")
         if self.cross and self.rotary_base is not None:
             raise ValueError(f"rotary_base={self.rotary_base}: a context has positions of its own")
+        if not self.rotates and self.rotary_base is not None:
+            name = type(self).__name__
+            raise ValueError(f"rotary_base={self.rotary_base}: {name} has nothing to rotate")
 
     @property
     def pattern(self) -> str:

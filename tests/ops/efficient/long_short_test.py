@@ -242,7 +242,7 @@ def test_wrong_options_are_refused():
         ({"causal": True, "memory": 33}, "a multiple of chunk=32"),
         ({"causal": True, "conv": 3}, "only the noncausal form"),
         ({"conv": -1}, "conv=-1"),
-        ({"rotary_base": 1e4}, "no place to rotate"),
+        ({"rotary_base": 1e4}, "nothing to rotate"),
         ({"cross": True}, "no noncausal_cross form"),
     ):
         with pytest.raises(ValueError, match=message):
