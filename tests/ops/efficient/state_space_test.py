@@ -86,23 +86,24 @@ def test_steps_equal_the_parallel_form():
         return stream, out[:, 0]
 
     stream, outs = jit(lambda x: jax.lax.scan(step, stream, jnp.swapaxes(x, 0, 1)))(x)
-    expected = attention.apply(params, x)
+    expected = jit(attention.apply)(params, x)
     np.testing.assert_allclose(jnp.swapaxes(outs, 0, 1), expected, rtol=0, atol=SAME)
     assert stream.position == T
 
 
 def test_half_precision_and_gradients():
     attention, params, x = made(True)
-    out = attention.apply(params, x.astype(jnp.bfloat16))
+    run = jit(attention.apply)
+    out = run(params, x.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out, attention.apply(params, x), rtol=0, atol=HALF)
+    np.testing.assert_allclose(out, run(params, x), rtol=0, atol=HALF)
     gradients = jit(jax.grad(lambda p: jnp.sum(attention.apply(p, x) ** 2)))(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
 def test_initial_values_are_those_of_the_paper():
     attention = efficient.make("s4d")
-    params = attention.init(jax.random.key(0), 512, 2)
+    params = jit(lambda key: attention.init(key, 512, 2))(jax.random.key(0))
     shapes = jax.tree.map(jnp.shape, params)
     assert shapes == {
         "log_dt": (512,), "log_decay": (1, 8), "frequency": (1, 8), "output": (4, 512, 8, 2),
@@ -133,7 +134,8 @@ def test_the_release_reads_padding_and_looks_backwards_only():
     other = jnp.where(first[..., None], x, 9.0)
     for compat in (False, True):
         attention = efficient.make("s4d", causal=True, compat=compat)
-        out, moved = (attention.apply(params, y, query_valid=first) for y in (x, other))
+        run = jit(attention.apply)
+        out, moved = (run(params, y, query_valid=first) for y in (x, other))
         assert (np.abs(out - moved)[first].max() > SAME) == compat
     assert not efficient.make("s4d", compat=True).looks_ahead
 
