@@ -48,9 +48,9 @@ _XAVIER = jax.nn.initializers.glorot_normal(in_axis=0, out_axis=1)
 class LongShort(PatternAttention):
     """Long-short attention; the causal form has relative positions of its own.
 
-    The causal form computes its scores itself and does not use the `core` that it is given: their
-    relative terms depend on the query, which no mask and no bias of positions can say, and exist
-    for a few queries at a time only.
+    The causal form calls `ops.attention` for one tile of queries after another, not the `core` that
+    it is given: its relative terms depend on the query, which a mask cannot say, and exist for one
+    tile at a time. Neither dropout of weights nor their capture reaches it.
 
     Attributes:
       window: w, see the module; None: one of `WINDOWS`.
