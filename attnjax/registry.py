@@ -57,6 +57,7 @@ BACKBONES = {
     "encoder": "attnjax.models.encoder:Encoder",
     "encoder_decoder": "attnjax.models.encoder_decoder:EncoderDecoder",
     "gpt2": "attnjax.models.gpt2:GPT2",
+    "vit": "attnjax.models.vit:ViT",
 }
 """Networks that systems and recipes start from; no paper of their own."""
 

@@ -17,10 +17,12 @@ from typing import Any
 from attnjax.ops.efficient.abc import Abc
 from attnjax.ops.efficient.cosformer import Cosformer
 from attnjax.ops.efficient.lara import Lara
+from attnjax.ops.efficient.long_short import LongShort
 from attnjax.ops.efficient.nystrom import Nystrom
 from attnjax.ops.efficient.performer import Performer
 from attnjax.ops.efficient.prob_sparse import ProbSparse
 from attnjax.ops.efficient.softmax import Local, Softmax
+from attnjax.ops.efficient.state_space import S4D
 from attnjax.ops.efficient.template import PATTERNS, PatternAttention, Stream, pattern_of
 from attnjax.registry import nearest
 
@@ -31,9 +33,11 @@ ATTENTIONS: dict[str, type[PatternAttention]] = {
     "cosformer": Cosformer,
     "lara": Lara,
     "local": Local,
+    "long_short": LongShort,
     "nystrom": Nystrom,
     "performer": Performer,
     "prob_sparse": ProbSparse,
+    "s4d": S4D,
     "softmax": Softmax,
 }
 """Name -> class."""
