@@ -28,7 +28,7 @@ test: $(STAMP) ## run the default tests (PYTEST_ARGS="-k attention -x" to choose
 	@$(PY) -m pytest -q -n 2 --dist=worksteal $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## run the tests that take minutes each
-	@$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+	@XLA_FLAGS= $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	@$(PY) -m ruff check .

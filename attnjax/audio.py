@@ -105,15 +105,18 @@ def frame_count(samples: Any, hop: int) -> Any:
     return 1 + samples // hop
 
 
-def stft(wave: Any, window: int, hop: int, lengths: Any = None) -> Any:
+def stft(
+    wave: Any, window: int, hop: int, lengths: Any = None, *, is_tapered: bool = True
+) -> Any:
     """Return the Fourier transform of windows around every hop-th sample.
 
-    Waves are mirrored at both ends; the window is a periodic Hann window.
+    Waves are mirrored at both ends.
 
     Args:
       wave: `[..., samples]` float; more than half a window.
       window, hop: samples.
       lengths: int `[...]`, samples that exist; all if None.
+      is_tapered: with a periodic Hann window, or else with a rectangular one.
 
     Returns:
       complex `[..., frames, bins]`; frames beyond the length are 0.
@@ -131,7 +134,9 @@ def stft(wave: Any, window: int, hop: int, lengths: Any = None) -> Any:
         place = xp.where(place > last, 2 * last - place, place)
         pieces = xp.take_along_axis(wave, xp.clip(place, 0, samples - 1), axis=-1)
         pieces = pieces.reshape(*wave.shape[:-1], frames, window)
-    spectrum = xp.fft.rfft(pieces * _hann(window).astype(wave.dtype), axis=-1)
+    if is_tapered:
+        pieces = pieces * _hann(window).astype(wave.dtype)
+    spectrum = xp.fft.rfft(pieces, axis=-1)
     if lengths is None:
         return spectrum
     return xp.where(_exist(xp, frames, frame_count(lengths, hop)), spectrum, 0)
@@ -250,9 +255,9 @@ def griffin_lim(
 
 
 def energy(wave: Any, mel: Mel) -> Any:
-    """Return the norm of the magnitudes of every frame, `[..., frames]`."""
+    """Return the norm of the magnitudes of every frame, without a taper, `[..., frames]`."""
     xp = _library(wave)
-    magnitude = xp.abs(stft(wave, mel.window, mel.hop))
+    magnitude = xp.abs(stft(wave, mel.window, mel.hop, is_tapered=False))
     return xp.sqrt(xp.sum(magnitude**2, axis=-1))
 
 

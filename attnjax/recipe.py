@@ -54,9 +54,12 @@ class Optim:
       lr: peak learning rate.
       warmup: steps of linear warm-up from `warmup_lr`.
       warmup_lr: learning rate of step 0.
-      decay: `cosine`, `linear`, `inverse_sqrt` or `constant`.
-      end_lr: learning rate reached at `steps - cooldown` and kept for the cool-down.
+      decay: `cosine`, `linear`, `inverse_sqrt`, `step` or `constant`.
+      end_lr: learning rate reached at `steps - cooldown` and kept for the cool-down; of the decay
+        `step`, the lowest one.
       cooldown: last steps at `end_lr`.
+      decay_every, decay_rate: of the decay `step`: after every so many steps the learning rate is
+        multiplied by the rate.
       weight_decay: decoupled decay, for parameters that no pattern of `no_decay` matches.
       no_decay: patterns (`re.search`) on parameter paths; tensors of rank 0 and 1 are never decayed
         when `decay_vectors` is off.
@@ -74,6 +77,8 @@ class Optim:
     decay: str = "cosine"
     end_lr: float = 0.0
     cooldown: int = 0
+    decay_every: int = 0
+    decay_rate: float = 0.5
     weight_decay: float = 0.0
     no_decay: tuple = ()
     decay_vectors: bool = False
@@ -191,8 +196,14 @@ class Recipe:
         _require(self.batch >= 1, "batch", self.batch, "at least 1")
         optim = self.optim
         _choice("optim.name", optim.name, ("adamw", "sgd", "lion", "adafactor"))
-        _choice("optim.decay", optim.decay, ("cosine", "linear", "inverse_sqrt", "constant"))
+        decays = ("cosine", "linear", "inverse_sqrt", "step", "constant")
+        _choice("optim.decay", optim.decay, decays)
         _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
+        if optim.decay == "step":
+            every, rate = optim.decay_every, optim.decay_rate
+            _require(every >= 1, "optim.decay_every", every, "at least 1 for the decay 'step'")
+            _require(0 < rate <= 1, "optim.decay_rate", rate, "in (0, 1]")
+            _require(optim.cooldown == 0, "optim.cooldown", optim.cooldown, "0: steps go on")
         _require(optim.accumulate >= 1, "optim.accumulate", optim.accumulate, "at least 1")
         _require(0 <= optim.ema < 1, "optim.ema", optim.ema, "in [0, 1)")
         for field in ("clip", "weight_decay", "warmup", "warmup_lr", "end_lr", "cooldown", "eps"):

@@ -54,53 +54,79 @@ SYSTEMS = {
 
 BACKBONES = {
     "decoder": "attnjax.models.decoder:Decoder",
+    "encoder": "attnjax.models.encoder:Encoder",
+    "encoder_decoder": "attnjax.models.encoder_decoder:EncoderDecoder",
+    "gpt2": "attnjax.models.gpt2:GPT2",
+    "vit": "attnjax.models.vit:ViT",
 }
 """Networks that systems and recipes start from; no paper of their own."""
 
 MODELS = {
     "fastspeech2": "attnjax.models.fastspeech2:FastSpeech2",
+    "informer": "attnjax.models.informer:Informer",
+    "pointr": "attnjax.models.pointr:PoinTr",
     "sequence_mixer": "attnjax.models.sequence_mixer:SequenceMixer",
+    "sr3": "attnjax.models.sr3:SR3",
     "transformer_tts": "attnjax.models.transformer_tts:TransformerTTS",
 }
 """Models that belong to a system of another kind."""
 
 TASKS = {
     "classification": "attnjax.tasks.classification:Classification",
+    "completion": "attnjax.tasks.completion:Completion",
+    "forecasting": "attnjax.tasks.forecasting:Forecasting",
     "language": "attnjax.tasks.language:LanguageModelling",
+    "masked_language": "attnjax.tasks.masked_language:MaskedLanguageModelling",
     "next_token": "attnjax.tasks.sequence:NextToken",
     "parallel_speech": "attnjax.tasks.speech:ParallelSpeech",
     "position_regression": "attnjax.tasks.sequence:PositionRegression",
+    "sequence_to_sequence": "attnjax.tasks.sequence_to_sequence:SequenceToSequence",
     "stepwise_speech": "attnjax.tasks.speech:StepwiseSpeech",
+    "super_resolution": "attnjax.tasks.super_resolution:SuperResolution",
 }
 
 SOURCES = {
+    "copy_sort": "attnjax.data.pairs:CopySort",
+    "digit_pairs": "attnjax.data.pictures:DigitPairs",
+    "digit_sequences": "attnjax.data.lra:DigitSequences",
     "digits": "attnjax.data.sources:Digits",
-    "tfds": "attnjax.data.sources:TensorFlowDatasets",
     "image_folder": "attnjax.data.sources:ImageFolder",
     "information_exchange": "attnjax.data.synthetic:InformationExchange",
     "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
-    "markov_text": "attnjax.data.text:MarkovText",
-    "text_files": "attnjax.data.text:TextFiles",
-    "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
-    "digit_sequences": "attnjax.data.lra:DigitSequences",
     "listops": "attnjax.data.sequences:ListOps",
+    "lj_speech": "attnjax.data.speech:LjSpeech",
     "lra_image": "attnjax.data.lra:LraImage",
     "lra_listops": "attnjax.data.lra:LraListOps",
     "lra_pathfinder": "attnjax.data.lra:LraPathfinder",
     "lra_retrieval": "attnjax.data.lra:LraRetrieval",
     "lra_text": "attnjax.data.lra:LraText",
-    "lj_speech": "attnjax.data.speech:LjSpeech",
+    "markov_text": "attnjax.data.text:MarkovText",
     "moving_average": "attnjax.data.sequences:MovingAverage",
+    "multi_news": "attnjax.data.pairs:MultiNews",
     "needle": "attnjax.data.sequences:Needle",
+    "parametric_shapes": "attnjax.data.points:ParametricShapes",
     "pathfinder": "attnjax.data.sequences:Pathfinder",
+    "pcn": "attnjax.data.points:Pcn",
+    "photo_pairs": "attnjax.data.pictures:PhotoPairs",
+    "picture_folders": "attnjax.data.pictures:PictureFolders",
+    "seasonal_series": "attnjax.data.series:SeasonalSeries",
+    "series_file": "attnjax.data.series:SeriesFile",
+    "stdlib_text": "attnjax.data.text:StandardLibraryText",
+    "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
     "synthetic_speech": "attnjax.data.speech:SyntheticSpeech",
     "text_bytes": "attnjax.data.lra:TextBytes",
+    "text_files": "attnjax.data.text:TextFiles",
+    "text_pairs": "attnjax.data.pairs:TextPairs",
+    "tfds": "attnjax.data.sources:TensorFlowDatasets",
 }
 
 PIPELINES = {
     "arrays": "attnjax.data.pipelines:Arrays",
-    "image_train": "attnjax.data.pipelines:ImageTrain",
     "image_eval": "attnjax.data.pipelines:ImageEval",
+    "image_train": "attnjax.data.pipelines:ImageTrain",
+    "mask_tokens": "attnjax.data.masking:MaskTokens",
+    "picture_pairs": "attnjax.data.pictures:PicturePairs",
+    "point_clouds": "attnjax.data.points:PointClouds",
     "small_images": "attnjax.data.pipelines:SmallImages",
 }
 

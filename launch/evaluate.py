@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a run's newest good checkpoint: python -m launch.evaluate --workdir=DIR
 
-Or pretrained weights: python -m launch.evaluate --config=FILE --config.model.weights=X.safetensors
+The mean of its last five: python -m launch.evaluate --workdir=DIR --last=5
+Pretrained weights: python -m launch.evaluate --config=FILE --config.model.weights=X.safetensors
 The last line on stdout is a JSON object of metrics.
 """
 
@@ -16,6 +17,7 @@ from launch import command
 CONFIG = command.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of a training run.")
 AVERAGED = flags.DEFINE_bool("averaged", True, "Use the moving average of parameters if kept.")
+LAST = flags.DEFINE_integer("last", 1, "Checkpoints of the run whose parameters are averaged.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     import jax
 
     from attnjax.parallel import make_mesh
-    from attnjax.train.checkpoint import restore_params
+    from attnjax.train.average import average_params
     from attnjax.train.evaluate import evaluate, scalars
     from attnjax.train.inputs import check_evals
     from attnjax.train.program import build
@@ -54,7 +56,8 @@ def main() -> None:
         if WORKDIR.value:
             prefixes = ("ema", "params") if AVERAGED.value else ("params",)
             folder = pathlib.Path(WORKDIR.value) / "checkpoints"
-            params, step = restore_params(folder, program.state.params, prefixes)
+            params, steps = average_params(folder, program.state.params, LAST.value, prefixes)
+            step = steps[0]
         else:
             params = program.init().params
         results = {"step": step}

@@ -107,6 +107,11 @@ def test_pitch_and_energy_of_a_tone_are_known():
     loud, louder = audio.energy(tone, MEL), audio.energy(2 * tone, MEL)
     assert loud.shape == (frames,) and not loud[frames // 2 + 4 :].any()
     np.testing.assert_allclose(louder, 2 * loud, rtol=1e-6)
+    # Parseval: half of the bins hold half of window * (sum of squares), but for both ends.
+    piece = tone[8 * 256 - 512 : 8 * 256 + 512]
+    ends = piece.sum() ** 2 + (piece * (-1) ** np.arange(1024)).sum() ** 2
+    expected = np.sqrt((1024 * (piece**2).sum() + ends) / 2)
+    np.testing.assert_allclose(loud[8], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

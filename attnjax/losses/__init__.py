@@ -3,6 +3,7 @@
 
 from attnjax.losses.classification import cross_entropy, soft_targets
 from attnjax.losses.language import TokenLosses, token_losses
+from attnjax.losses.points import chamfer_l1, chamfer_l2
 from attnjax.losses.speech import (
     duration_error,
     end_error,
@@ -13,6 +14,8 @@ from attnjax.losses.speech import (
 
 __all__ = [
     "TokenLosses",
+    "chamfer_l1",
+    "chamfer_l2",
     "cross_entropy",
     "duration_error",
     "end_error",

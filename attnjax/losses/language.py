@@ -19,11 +19,22 @@ class TokenLosses:
       nll: float32 `[b,t]`, negative log-likelihood; NaN where the label is outside the vocabulary.
       lse: float32 `[b,t]`, log-sum-exp of the logits.
       best: int32 `[b,t]`, the token with the highest logit, the first of equals.
+      uniform: float32 `[b,t]`, cross entropy of the uniform distribution: what label smoothing
+        adds; None unless asked for.
     """
 
     nll: Array
     lse: Array
     best: Array
+    uniform: Array | None = None
+
+    def smoothed(self, smoothing: float) -> Array:
+        """Return `(1 - a) nll + a uniform` `[b,t]`: targets are mixed with the uniform ones."""
+        if not smoothing:
+            return self.nll
+        if self.uniform is None:
+            raise ValueError(f"smoothing={smoothing}: ask token_losses for uniform=True")
+        return (1 - smoothing) * self.nll + smoothing * self.uniform
 
 
 def token_losses(
@@ -31,12 +42,14 @@ def token_losses(
     kernel: Array,
     labels: Array,
     *,
+    bias: Array | None = None,
     chunk: int = 0,
+    uniform: bool = False,
     place: Callable[..., Array] = lambda x, *names: x,
 ) -> TokenLosses:
     """Compare `hidden . kernel` with labels, a part of every sequence at a time.
 
-    nll = logsumexp_v(logits) - logits[label]
+    nll = logsumexp_v(logits) - logits[label],   uniform = logsumexp_v(logits) - mean_v(logits)
 
     Logits are float32 products of numbers in the dtype of hidden. The backward pass computes them
     again, part by part. Every part takes its tokens from the whole length, so that tokens that are
@@ -46,7 +59,9 @@ def token_losses(
       hidden: `[b,t,d]` floating.
       kernel: `[d,v]` float32.
       labels: int `[b,t]`.
+      bias: `[v]`, added to the logits.
       chunk: tokens of a sequence whose logits exist at the same time; 0: all.
+      uniform: also return the cross entropy of the uniform distribution.
       place: called as `place(x, *logical_names)` to keep arrays partitioned, such as
         `parallel.constrain`.
 
@@ -78,6 +93,8 @@ def token_losses(
             "bcd,dv->bcv", hidden_bcd, kernel.astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
+        if bias is not None:
+            logits_bcv = logits_bcv + bias
         logits_bcv = place(logits_bcv, "batch", "sequence", "vocab")
         lse_bc = jax.nn.logsumexp(logits_bcv, axis=-1)
         # A sum instead of a look-up: the vocabulary may be divided over devices.
@@ -85,7 +102,9 @@ def token_losses(
         own_bc = jnp.sum(jnp.where(is_label, logits_bcv, 0), axis=-1)
         known = (labels_bc >= 0) & (labels_bc < kernel.shape[1])
         best_bc = jnp.argmax(logits_bcv, axis=-1).astype(jnp.int32)
-        return TokenLosses(jnp.where(known, lse_bc - own_bc, jnp.nan), lse_bc, best_bc)
+        nll_bc = jnp.where(known, lse_bc - own_bc, jnp.nan)
+        uniform_bc = lse_bc - jnp.mean(logits_bcv, axis=-1) if uniform else None
+        return TokenLosses(nll_bc, lse_bc, best_bc, uniform_bc)
 
     if count == 1:
         return compare(hidden, labels)

@@ -7,7 +7,7 @@ from typing import Any
 import attnjax
 from attnjax import registry
 from attnjax.errors import RecipeError
-from attnjax.models.load import abstract_params, build
+from attnjax.models.load import abstract_params, build, known_tensors
 from attnjax.weights import NATIVE, export_params, flatten, import_params, read, write
 from attnjax.weights.files import digest
 from attnjax.weights.torch_checkpoint import read_torch
@@ -53,6 +53,7 @@ def convert(
         tensors, metadata = read_torch(source), {}
     else:
         tensors, metadata = read(source)
+    tensors = known_tensors(home, tensors)
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
     fit = getattr(home, "fit_parameter", None) if resize_positions else None
     params = import_params(tensors, shapes, tables, source=str(source), fit=fit)

@@ -22,7 +22,7 @@ from attnjax.nn.blocks import EncoderBlock, drop_path, gelu
 from attnjax.nn.embed import CONV_STEMS, ConvStem, PatchEmbed, TokenEmbed, TokensToToken
 from attnjax.nn.initializers import LINEAR, TABLE
 from attnjax.nn.norm import LayerNorm
-from attnjax.nn.vision import BANDS, band_filter, interpolate_positions
+from attnjax.nn.vision import BANDS, band_filter, fit_positions
 from attnjax.ops.sample import bicubic_resize
 from attnjax.parallel.constrain import constrain
 from attnjax.registry import nearest
@@ -566,11 +566,7 @@ def fit_parameter(path: str, array: Array, shape: tuple[int, ...]) -> Array:
     Returns:
       The interpolated table (class token untouched), or the array as it is.
     """
-    side = math.isqrt(shape[1] - 1) if len(shape) == 3 else 0
-    wanted = array.ndim == 3 and array.shape[::2] == tuple(shape)[::2] and side**2 == shape[1] - 1
-    if not (path.startswith("positions_") and wanted):
-        return array
-    return interpolate_positions(jnp.asarray(array, jnp.float32), (side, side))
+    return fit_positions(array, shape) if path.startswith("positions_") else array
 
 
 def _stem_names(name, stem):

@@ -6,6 +6,7 @@ Touvron et al., "LLaMA", arXiv 2302.13971; Jiang et al., "Mistral 7B", arXiv 231
 Implemented from the equations; hidden states agree with transformers (tests/goldens).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,14 +19,19 @@ from attnjax.errors import RecipeError
 from attnjax.nn.attention import CAPTURE
 from attnjax.nn.experts import ExpertOptions
 from attnjax.nn.norm import RMSNorm
+from attnjax.nn.pattern_attention import choose_attention
+from attnjax.nn.stack import empty_streams
 from attnjax.nn.text import HIDDEN, REMATS, Kernel, TokenTable, decoder_stack, starts
+from attnjax.ops import efficient
 from attnjax.ops.cache import Cache, FullCache, WindowCache
+from attnjax.ops.efficient import PatternAttention, Stream
 from attnjax.parallel.constrain import constrain, gather
 from attnjax.registry import nearest
 from attnjax.typing import Array, Params
 from attnjax.weights.names import rule, stacked
 
 ATTENTIONS = ("causal", "bidirectional")
+"""The decoder's own attention: rotary, with grouped queries."""
 
 # LLaMA-2 and LLaMA-3: Table 1 of arXiv 2307.09288 and Table 3 of 2407.21783; Mistral: Table 1 of
 # 2310.06825; Qwen2: Table 1 of 2407.10671; the rest from the published configurations.
@@ -77,7 +83,9 @@ class Decoder(nn.Module):
       depth: layers.
       heads: query heads, which divide the width, and key/value heads, which divide them.
       hidden: hidden width of the channel stage, or of every expert.
-      attention: "causal", or "bidirectional": everything sees everything, without a window.
+      attention: "causal" (also None), or "bidirectional": everything sees everything, without a
+        window; or another causal self-attention, see `choose_attention`, which has as many
+        key/value heads as query heads, biases of its own and, where it rotates, `rope_base`.
       window: tokens that a query sees, its own included; None: all before.
       rope_base: of the rotary wavelengths.
       epsilon: of the norms.
@@ -96,7 +104,7 @@ class Decoder(nn.Module):
     depth: int = 2
     heads: tuple = (4, 2)
     hidden: int = 128
-    attention: str = "causal"
+    attention: str | Mapping[str, Any] | None = "causal"
     window: int | None = None
     rope_base: float = 10_000.0
     epsilon: float = 1e-5
@@ -109,10 +117,8 @@ class Decoder(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (("attention", ATTENTIONS), ("remat", tuple(REMATS))):
-            if getattr(self, name) not in choices:
-                value = getattr(self, name)
-                raise RecipeError(f"model.{name}={value!r}: {nearest(value, choices)}")
+        if self.remat not in REMATS:
+            raise RecipeError(f"model.remat={self.remat!r}: {nearest(self.remat, REMATS)}")
         for name in ("vocab_size", "length", "width", "depth", "hidden"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"model.{name}={getattr(self, name)}: must be at least 1")
@@ -128,6 +134,35 @@ class Decoder(nn.Module):
                 f"model.width={self.width}: must be an even multiple of the {self.heads[0]} heads"
             )
         ExpertOptions.of(self.experts)
+        self.make_attention()
+
+    def make_attention(self) -> PatternAttention | None:
+        """Return the attention that replaces the decoder's own; None if that stays.
+
+        Raises:
+          RecipeError: there is no such one, it has no causal form, draws at random, or does not go
+            together with other fields.
+        """
+        if self.attention is None or self.attention in ATTENTIONS:
+            return None
+        if isinstance(self.attention, str) and self.attention not in efficient.ATTENTIONS:
+            known = nearest(self.attention, (*ATTENTIONS, *efficient.ATTENTIONS))
+            raise RecipeError(f"model.attention={self.attention!r}: {known}")
+        attention = choose_attention(self.attention, field="attention", causal=True)
+        (n, k), name = self.heads, type(attention).__name__
+        for field, is_default, meaning in (
+            ("heads", n == k, "as many key/value heads as query heads"),
+            ("window", self.window is None, "its own windows only"),
+            ("qkv_bias", not self.qkv_bias, "biases of its own"),
+        ):
+            if not is_default:
+                raise RecipeError(f"model.{field}={getattr(self, field)}: {name} has {meaning}")
+        if attention.is_random:
+            raise RecipeError(f"model.attention={self.attention!r}: the decoder draws nothing")
+        is_set = isinstance(self.attention, Mapping) and "rotary_base" in self.attention
+        if attention.rotates and not is_set:
+            attention = dataclasses.replace(attention, rotary_base=self.rope_base)
+        return attention
 
     def setup(self):
         self.embed = TokenTable(self.vocab_size, self.width, self.dtype)
@@ -136,12 +171,13 @@ class Decoder(nn.Module):
             self.remat,
             heads=tuple(self.heads),
             hidden=self.hidden,
-            is_causal=self.attention == "causal",
+            is_causal=self.is_causal,
             window=self.window,
             rope_base=self.rope_base,
             qkv_bias=self.qkv_bias,
             epsilon=self.epsilon,
             experts=ExpertOptions.of(self.experts),
+            pattern=self.make_attention(),
             dtype=self.dtype,
             implementation=self.attention_implementation,
         )
@@ -168,19 +204,38 @@ class Decoder(nn.Module):
 
         Returns:
           An `Output`.
+
+        Raises:
+          NotImplementedError: positions with another attention than the decoder's own, or segments
+            with one that has no map of scores.
         """
         del train
         normal_btd, aux = self.encode(tokens, segments, positions)
         return Output(logits=self._logits(normal_btd), aux=aux)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether tokens see no later ones."""
+        return self.attention != "bidirectional"
+
     def encode(
-        self, tokens: Array, segments: Array | None = None, positions: Array | None = None
+        self,
+        tokens: Array,
+        segments: Array | None = None,
+        positions: Array | None = None,
+        *,
+        train: bool = False,
     ) -> tuple[Array, dict[str, Array]]:
         """Return the normalised last hidden states `[b, t, d]`, and `Output.aux`.
 
         Arguments as in `__call__`.
         """
+        del train
         self._check(tokens, segments, positions)
+        if positions is not None and self.make_attention() is not None:
+            raise NotImplementedError(
+                f"attention={self.attention!r} counts positions itself: leave positions out"
+            )
         if positions is None and segments is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         elif positions is None:
@@ -189,9 +244,11 @@ class Decoder(nn.Module):
         return self._finish(out_btd), _summary(measures)
 
     def extend(
-        self, tokens: Array, cache: Cache, lengths: Array | None = None
-    ) -> tuple[Output, Cache]:
+        self, tokens: Array, cache: Cache | Stream, lengths: Array | None = None
+    ) -> tuple[Output, Cache | Stream]:
         """Score the next token after each of some new ones: a prompt, or a step of decoding.
+
+        Other attentions than the decoder's own read the tokens one by one.
 
         Args:
           tokens: int `[b, c]`, the new ones.
@@ -203,10 +260,13 @@ class Decoder(nn.Module):
 
         Raises:
           ValueError: the attention is bidirectional, or the cache is for another model.
+          NotImplementedError: lengths with another attention than the decoder's own.
         """
-        if self.attention != "causal":
+        if not self.is_causal:
             raise ValueError(f"attention={self.attention!r}: only causal decoders have a cache")
         self._check(tokens, None, None)
+        if self.make_attention() is not None:
+            return self._extend_streams(tokens, cache, lengths)
         if cache.length.shape != (self.depth, tokens.shape[0]):
             raise ValueError(
                 f"the cache is for {cache.length.shape} layers and examples, not "
@@ -218,7 +278,20 @@ class Decoder(nn.Module):
         )
         return Output(self._logits(self._finish(out_btd)), _summary(measures)), cache
 
-    def empty_cache(self, batch: int, capacity: int, chunk: int = 1, dtype: Any = None) -> Cache:
+    def _extend_streams(self, tokens, streams, lengths):
+        if lengths is not None:
+            raise NotImplementedError(
+                f"attention={self.attention!r}: all examples of a batch grow alike; leave lengths "
+                "out"
+            )
+        if not isinstance(streams, Stream) or streams.position.shape != (self.depth,):
+            raise ValueError("the cache is for another model: make it with empty_cache")
+        out_btd, (streams, measures) = self.layers(self.embed(tokens), None, None, None, streams)
+        return Output(self._logits(self._finish(out_btd)), _summary(measures)), streams
+
+    def empty_cache(
+        self, batch: int, capacity: int, chunk: int = 1, dtype: Any = None
+    ) -> Cache | Stream:
         """Return a cache without tokens for `extend`, with a leading axis of layers.
 
         Args:
@@ -228,6 +301,12 @@ class Decoder(nn.Module):
           dtype: of the storage; the compute dtype by default.
         """
         n, k = self.heads
+        attention = self.make_attention()
+        if attention is not None:
+            return empty_streams(
+                attention, self.depth, batch, self.width, n,
+                capacity=capacity, dtype=dtype or self.dtype,
+            )  # fmt: skip
         sizes = {"batch": batch, "heads": k, "width": self.width // n, "dtype": dtype or self.dtype}
         if self.window is not None and self.window < capacity:
             cache: Cache = WindowCache.empty(**sizes, window=self.window, chunk=chunk)
@@ -256,9 +335,12 @@ class Decoder(nn.Module):
           captured: what `apply(..., mutable=["attention"])` returned beside the output.
 
         Returns:
-          Title -> `[b, 1, s]` for the first and the last layer.
+          Title -> `[b, 1, s]` for the first and the last layer; empty where the attention has no
+          map.
         """
         captured = captured.get(CAPTURE, captured)
+        if "attention" not in captured.get("layers", {}):
+            return {}
         (weights_lbnts,) = captured["layers"]["attention"]["probabilities"]
         last_lbs = weights_lbnts[:, :, :, -1].mean(axis=2)
         return {
@@ -276,16 +358,16 @@ class Decoder(nn.Module):
         Pairs of tokens that a mask hides are not counted, nor is what moves tokens to experts.
         """
         (n, k), d, t = self.heads, self.width, self.length
-        experts = ExpertOptions.of(self.experts)
+        experts, attention = ExpertOptions.of(self.experts), self.make_attention()
         channels = 3 * d * self.hidden
         if experts is not None:
             channels = experts.top_k * channels + d * experts.count
-        per_token = self.depth * (2 * d * d + 2 * d * (d // n) * k + channels) + d * self.vocab_size
-        pairs = t * t
-        if self.attention == "causal":
-            reach = min(t, self.window or t)
-            pairs = reach * (reach + 1) // 2 + (t - reach) * reach
-        return 2.0 * (t * per_token + self.depth * 2 * d * pairs)
+        rest = 2.0 * t * (self.depth * channels + d * self.vocab_size)
+        if attention is not None:
+            return rest + self.depth * attention.flops(t, t, d, n)
+        reach = min(t, self.window or t)
+        pairs = reach * (reach + 1) // 2 + (t - reach) * reach if self.is_causal else t * t
+        return rest + 2.0 * self.depth * (t * (2 * d * d + 2 * d * (d // n) * k) + 2 * d * pairs)
 
     def _check(self, tokens, segments, positions):
         arrays = {"tokens": tokens, "segments": segments, "positions": positions}
@@ -337,4 +419,4 @@ def _names():
 
 
 TORCH_NAMES = {"hf": tuple(_names())}
-"""Layout -> name table. Experts exist in no layout of these three families."""
+"""Layout -> name table. Experts and other attentions exist in no layout of these three families."""

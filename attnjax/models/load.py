@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by name: slug, preset, overrides, and published weights."""
 
+import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -87,10 +89,28 @@ def load_params(model: Any, weights: str, *, resize_positions: bool = False) -> 
     """
     home = sys.modules[type(model).__module__]
     shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
-    tensors, _ = read(weights)
+    tensors = known_tensors(home, read(weights)[0])
     fit = getattr(home, "fit_parameter", None) if resize_positions else None
     params = import_params(tensors, shapes, home.TORCH_NAMES, source=str(weights), fit=fit)
     return jax.tree.map(jnp.asarray, params)
+
+
+def known_tensors(home: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what files hold beside a model's weights, and spell old names as today's.
+
+    Args:
+      home: the model's file; its TORCH_IGNORED lists patterns (`re.search`) of names to drop, its
+        TORCH_RENAMED pairs of a pattern and what `re.sub` puts in its place.
+      tensors: arrays by name.
+    """
+    ignored, renamed = (getattr(home, n, ()) for n in ("TORCH_IGNORED", "TORCH_RENAMED"))
+    known = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in renamed:
+            name = re.sub(pattern, replacement, name)
+        if not any(re.search(pattern, name) for pattern in ignored):
+            known[name] = tensor
+    return known
 
 
 def abstract_params(model: Any) -> Params:

@@ -3,8 +3,8 @@
 
 Li et al., "Neural Speech Synthesis with Transformer Network", arXiv 1809.08895, in the form of
 fairseq that CAB (arXiv 2210.07661) trains: pre-norm layers, four frames a step. Implemented from
-the equations. GroupNorm takes the place of BatchNorm (see `nn.speech`), padding is kept out of
-convolutions, and CAB's dropout inside the MLP is left out.
+the equations. GroupNorm takes the place of BatchNorm (see `nn.speech`), and padding is kept out of
+convolutions.
 """
 
 from collections.abc import Mapping
@@ -79,8 +79,8 @@ class TransformerTTS(nn.Module):
       depths: layers of the encoder and of the decoder.
       num_heads: attention heads.
       hidden: hidden width of the MLPs.
-      dropout: rate after embeddings, on branches and on probabilities while training; convolutions
-        and prenet have 0.5.
+      dropout: rate after embeddings, on branches, inside MLPs and on probabilities while training;
+        convolutions and prenet have 0.5.
       encoder_attention, decoder_attention, cross_attention: see
         `nn.pattern_attention.choose_attention`.
       dtype: compute dtype.
@@ -144,7 +144,7 @@ class TransformerTTS(nn.Module):
             layer_class = nn.remat(TransformerLayer, static_argnums=(6,))
         layer = lambda attention, cross=None: layer_class(
             self.num_heads, self.hidden, attention, cross, activation="relu", dropout=self.dropout,
-            attention_dropout=self.dropout, dtype=self.dtype,
+            attention_dropout=self.dropout, mlp_dropout=self.dropout, dtype=self.dtype,
             implementation=self.attention_implementation,
         )  # fmt: skip
         d, prenet, out = self.width, self.width // 2, self.mels * self.frames_per_step

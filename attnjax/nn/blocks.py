@@ -54,6 +54,7 @@ class Mlp(nn.Module):
       dtype: compute dtype.
       activation: key of `ACTIVATIONS`.
       kernel_init: draws both matrices.
+      output_dropout: rate after the second linear map; None: as after the first.
     """
 
     hidden: int
@@ -61,15 +62,18 @@ class Mlp(nn.Module):
     dtype: str = "float32"
     activation: str = "gelu"
     kernel_init: Callable[..., Array] = LINEAR
+    output_dropout: float | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Map `x [b, t, d]` to `[b, t, d]`."""
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        outer = self.dropout if self.output_dropout is None else self.output_dropout
+        drop = lambda rate: nn.Dropout(rate, deterministic=not train)
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
         up, down = dense(self.hidden, name="up"), dense(x.shape[-1], name="down")
         hidden_btf = constrain(up(x), "batch", "sequence", "mlp")
-        return drop(down(drop(ACTIVATIONS[self.activation](hidden_btf))))
+        hidden_btf = drop(self.dropout)(ACTIVATIONS[self.activation](hidden_btf))
+        return drop(outer)(down(hidden_btf))
 
 
 class EncoderBlock(nn.Module):

@@ -141,6 +141,18 @@ class Attention(nn.Module):
         return self.attention.step(self._params(x.shape[-1], None), x.astype(self.dtype), stream)
 
     @nn.compact
+    def extend(self, x: Array, stream: efficient.Stream) -> tuple[Array, efficient.Stream]:
+        """Attend from the next tokens `[b, c, d]` of a stream, one after another."""
+        params = self._params(x.shape[-1], None)
+
+        def step(stream, x_bd):
+            out_b1d, stream = self.attention.step(params, x_bd[:, None], stream)
+            return stream, out_b1d[:, 0]
+
+        stream, out_cbd = jax.lax.scan(step, stream, x.astype(self.dtype).swapaxes(0, 1))
+        return out_cbd.swapaxes(0, 1), stream
+
+    @nn.compact
     def remember(self, context: Array, dim: int, key_valid: Array | None = None) -> Any:
         """Return what `recall` needs of `context [b, s, d']`; `dim` is the width of the queries."""
         params = self._params(dim, context.shape[-1])

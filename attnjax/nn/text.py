@@ -13,8 +13,10 @@ from attnjax.nn.attention import CAPTURE, Projection
 from attnjax.nn.experts import ExpertOptions, Experts
 from attnjax.nn.initializers import LINEAR, TABLE
 from attnjax.nn.norm import RMSNorm
+from attnjax.nn.pattern_attention import Attention
 from attnjax.ops import mask as masks
 from attnjax.ops.cache import Cache, append_and_attend
+from attnjax.ops.efficient import PatternAttention, Stream
 from attnjax.ops.positions import rotate
 from attnjax.parallel.constrain import constrain, gather
 from attnjax.typing import Array
@@ -215,6 +217,7 @@ class DecoderLayer(nn.Module):
       hidden: hidden width of the channel stage.
       epsilon: of the norms.
       experts: a mixture of experts instead of one `SwiGlu`.
+      pattern: attends instead of `RotaryAttention`, with as many heads as that has query heads.
       dtype: compute dtype.
     """
 
@@ -226,6 +229,7 @@ class DecoderLayer(nn.Module):
     qkv_bias: bool = False
     epsilon: float = 1e-5
     experts: ExpertOptions | None = None
+    pattern: PatternAttention | None = None
     dtype: str = "float32"
     implementation: str | None = None
 
@@ -236,9 +240,11 @@ class DecoderLayer(nn.Module):
         positions: Array,
         segments: Array | None,
         lengths: Array | None,
-        cache: Cache | None,
-    ) -> tuple[Array, tuple[Cache | None, dict[str, Array]]]:
+        cache: Cache | Stream | None,
+    ) -> tuple[Array, tuple[Cache | Stream | None, dict[str, Array]]]:
         """Map `x [b, t, d]`; arguments as in `RotaryAttention`, padding is segment 0.
+
+        A pattern counts positions itself and goes on from a `Stream`.
 
         Returns:
           `[b, t, d]`; and the cache afterwards with what `Experts` measures, empty without.
@@ -246,12 +252,8 @@ class DecoderLayer(nn.Module):
         if self.is_mutable_collection(HIDDEN) and not self.is_initializing():
             self.sow(HIDDEN, "input", x)
         x = checkpoint_name(x, INPUT)
-        mixer = RotaryAttention(
-            self.heads, self.is_causal, self.window, self.rope_base, self.qkv_bias,
-            self.dtype, self.implementation, name="attention",
-        )  # fmt: skip
         normal_btd = RMSNorm(self.epsilon, self.dtype, name="attention_norm")(x)
-        branch_btd, cache = mixer(normal_btd, positions, segments, lengths, cache)
+        branch_btd, cache = self._attend(normal_btd, positions, segments, lengths, cache)
         x = constrain(x + branch_btd, "batch", "sequence", None)
         normal_btd = RMSNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
         measures: dict[str, Array] = {}
@@ -264,6 +266,24 @@ class DecoderLayer(nn.Module):
             stage = Experts(self.hidden, self.experts, self.dtype, name="experts")
             branch_btd, measures = stage(normal_btd, valid)
         return constrain(x + branch_btd, "batch", "sequence", None), (cache, measures)
+
+    def _attend(self, x_btd, positions, segments, lengths, cache):
+        if self.pattern is None:
+            mixer = RotaryAttention(
+                self.heads, self.is_causal, self.window, self.rope_base, self.qkv_bias,
+                self.dtype, self.implementation, name="attention",
+            )  # fmt: skip
+            return mixer(x_btd, positions, segments, lengths, cache)
+        attention = Attention(
+            self.pattern, self.heads[0], kernel_init=LINEAR, dtype=self.dtype,
+            implementation=self.implementation, name="attention",
+        )  # fmt: skip
+        if cache is not None:
+            return attention.extend(x_btd, cache)
+        if segments is None:
+            return attention(x_btd), None
+        mask = masks.segments(segments, segments)
+        return attention(x_btd, query_valid=segments > 0, mask=mask), None
 
 
 def decoder_stack(depth: int, remat: str, **fields) -> nn.Module:

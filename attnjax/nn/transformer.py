@@ -29,7 +29,7 @@ class TransformerLayer(nn.Module):
       activation: of the MLP, key of `nn.blocks.ACTIVATIONS`.
       dropout: rate on every branch while training.
       attention_dropout: rate on probabilities while training.
-      mlp_dropout: rate inside the MLP while training.
+      mlp_dropout: rate after the MLP's nonlinearity while training.
       epsilon: of the norms.
       kernel_init: draws all matrices; None: as in the reference code of CAB.
       dtype: compute dtype.
@@ -60,7 +60,10 @@ class TransformerLayer(nn.Module):
         if self.cross_attention is not None:
             self.cross, self.cross_norm = attend(self.cross_attention), norm()
         init = self.kernel_init or nn.initializers.xavier_uniform()
-        self.mlp = Mlp(self.hidden, self.mlp_dropout, self.dtype, self.activation, init)
+        # The branch has a dropout of its own, which is not to act twice.
+        self.mlp = Mlp(
+            self.hidden, self.mlp_dropout, self.dtype, self.activation, init, output_dropout=0.0
+        )
         self.mlp_norm = norm()
         self.drop = nn.Dropout(self.dropout)
 

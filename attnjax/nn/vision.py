@@ -108,3 +108,20 @@ def interpolate_positions(table: Array, grid: tuple[int, int], *, extra: int = 1
     return jnp.concatenate(
         [table[:, :extra], resized_byxd.reshape(1, grid[0] * grid[1], -1)], axis=1
     )
+
+
+def fit_positions(array: Array, shape: tuple[int, ...]) -> Array:
+    """Fit a learned position table `[1, 1 + p, d]` to another image size, bicubically.
+
+    Args:
+      array: the table; its first entry, that of a class token, is kept.
+      shape: what is wanted.
+
+    Returns:
+      float32 of the wanted shape; the array as it is if one of the two is no such table.
+    """
+    side = math.isqrt(shape[1] - 1) if len(shape) == 3 else 0
+    is_table = array.ndim == 3 and array.shape[::2] == tuple(shape)[::2] and side**2 == shape[1] - 1
+    if not is_table:
+        return array
+    return interpolate_positions(jnp.asarray(array, jnp.float32), (side, side))

@@ -7,7 +7,7 @@ all of it is known while tracing. Its log-sum-exp comes rounded and without grad
 a stream of its own, and rows that may attend nothing get the mean of the values: all refused,
 except rows whose bias is -inf, which are put right here.
 
-It has never run on a GPU from here: tests see that calls are refused or lowered as meant.
+Tests see that calls are refused or lowered as meant; `pytest -m gpu` runs them on a GPU.
 """
 
 import dataclasses

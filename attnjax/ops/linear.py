@@ -85,14 +85,16 @@ def positive_features(x: Array, projection: Array, *, shift_axes: tuple[int, ...
     return jnp.exp(exponent_btnm) / math.sqrt(projection.shape[0])
 
 
-def cosine_weighted(features: Array, span: int) -> Array:
+def cosine_weighted(features: Array, span: int | Array, places: Array | None = None) -> Array:
     """Return features whose products are weighted by cos(pi (t - s) / (2 span)), as in cosFormer.
 
     [f_t sin(pi t / (2 span)), f_t cos(pi t / (2 span))],  t = 1, 2, ...
 
     Args:
       features: `[b, t, n, m]` non-negative, such as the ReLU of queries or keys.
-      span: M, at least the longer of both lengths.
+      span: M, at least the longer of both lengths; an array `[b]` if examples differ.
+      places: `[b, t]`, t of each token where it is not the one above; those behind the span count
+        as its end.
 
     Returns:
       `[b, t, n, 2 m]` float32.
@@ -101,11 +103,16 @@ def cosine_weighted(features: Array, span: int) -> Array:
       ValueError: there are more positions than the span.
     """
     t = features.shape[1]
-    if t > span:
+    if isinstance(span, int) and places is None and t > span:
         raise ValueError(f"span={span} is shorter than the {t} positions")
-    angle_t11 = (jnp.arange(1, t + 1, dtype=jnp.float32) * (math.pi / (2 * span)))[:, None, None]
+    if places is None:
+        places = jnp.arange(1, t + 1)[None]
+    span_b1 = jnp.reshape(jnp.asarray(span, jnp.float32), (-1, 1))
+    angle_bt = jnp.minimum(places / span_b1, 1) * (math.pi / 2)
+    angle_bt11 = angle_bt[:, :, None, None]
     features = features.astype(jnp.float32)
-    return jnp.concatenate([features * jnp.sin(angle_t11), features * jnp.cos(angle_t11)], axis=-1)
+    parts = [features * jnp.sin(angle_bt11), features * jnp.cos(angle_bt11)]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def feature_attention(

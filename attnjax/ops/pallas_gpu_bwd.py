@@ -10,7 +10,7 @@ not depend on the order of programs: one program owns a tile of keys of one key/
 the tiles of queries of all its query heads; one owns a tile of queries and walks tiles of keys; one
 owns a tile of the bias and walks the examples and heads that share it.
 
-None of this has yet run on a GPU; see `pallas_gpu`.
+What ran on a GPU, see `pallas_gpu`.
 """
 
 import functools

@@ -13,12 +13,47 @@ from attnjax.errors import RecipeError
 from attnjax.losses.language import TokenLosses, token_losses
 from attnjax.metrics import Mean, Metric
 from attnjax.metrics.language import BitsPerByte, Perplexity
+from attnjax.nn.pattern_attention import RANDOM
 from attnjax.parallel.constrain import constrain, gather
 from attnjax.tasks.model_task import ModelTask
 from attnjax.typing import Array, Batch, Params, PRNGKey
 
 INIT_LENGTH = 8
 """Tokens of the example that parameters are made with: their shapes do not depend on it."""
+
+
+def training_keys(key: PRNGKey) -> dict[str, PRNGKey]:
+    """Return the random streams of a model that is being trained: dropout and attention."""
+    dropout_key, attention_key = jax.random.split(key)
+    return {"dropout": dropout_key, RANDOM: attention_key}
+
+
+def integers(batch: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return a batch entry, or raise RecipeError if it is no integers `[b, t]`."""
+    array = np.asarray(batch[name])
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise RecipeError(
+            f"{name} must be [b, t] integers, not {array.dtype} of shape {array.shape}"
+        )
+    return array
+
+
+def check_vocabulary(batch: Mapping[str, Any], name: str, size: int) -> None:
+    """Refuse a host batch with tokens outside the vocabulary.
+
+    Raises:
+      RecipeError: names the first such token, its place and its example.
+    """
+    tokens = integers(batch, name)
+    wrong = (tokens < 0) | (tokens >= size)
+    if wrong.any():
+        row, place = (int(i[0]) for i in np.nonzero(wrong))
+        where = f"example {int(batch['index'][row])}" if "index" in batch else f"row {row}"
+        which = "token" if name == "tokens" else f"{name} token"
+        raise RecipeError(
+            f"{which} {int(tokens[row, place])} at place {place} of {where} is outside 0 to "
+            f"{size - 1}: model.vocab_size={size} does not fit this data"
+        )
 
 
 class LanguageModelling(ModelTask):
@@ -41,8 +76,8 @@ class LanguageModelling(ModelTask):
         """Bind a model to the task.
 
         Args:
-          model: Linen module with `encode(tokens, segments)`, `head_kernel(params)` and
-            `vocab_size`, such as `models.decoder.Decoder`.
+          model: Linen module with `encode(tokens, segments, train=)`, `head_kernel(params)`,
+            `is_causal` and `vocab_size`, such as `models.decoder.Decoder` or `models.gpt2.GPT2`.
           z_loss: weight of the mean squared log-sum-exp of the logits.
           logits_chunk: tokens of an example whose logits exist at the same time; 0: all.
           packed: the batch holds `segments`.
@@ -63,7 +98,7 @@ class LanguageModelling(ModelTask):
                 raise RecipeError(
                     f"task language: {type(model).__name__} is no language model: it has no {name}"
                 )
-        if getattr(model, "attention", "causal") != "causal":
+        if not model.is_causal:
             raise RecipeError(
                 f"task language: with model.attention={model.attention!r} tokens see what they "
                 "should predict; choose 'causal'"
@@ -89,28 +124,15 @@ class LanguageModelling(ModelTask):
           RecipeError: names the entry, or the token and its example.
         """
         self.check_names(batch)
-        arrays = {name: np.asarray(batch[name]) for name in self.inputs}
-        for name, array in arrays.items():
-            if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-                raise RecipeError(
-                    f"{name} must be [b, t] integers, not {array.dtype} of shape {array.shape}"
-                )
-        tokens, size = arrays["tokens"], int(self.model.vocab_size)
-        wrong = (tokens < 0) | (tokens >= size)
+        arrays = {name: integers(batch, name) for name in self.inputs}
         if self.packed and (arrays["segments"] < 0).any():
             raise RecipeError("segments must be at least 0, which is padding")
-        if wrong.any():
-            row, place = (int(i[0]) for i in np.nonzero(wrong))
-            where = f"example {int(batch['index'][row])}" if "index" in batch else f"row {row}"
-            raise RecipeError(
-                f"token {int(tokens[row, place])} at place {place} of {where} is outside 0 to "
-                f"{size - 1}: model.vocab_size={size} does not fit this data"
-            )
+        check_vocabulary(batch, "tokens", self.model.vocab_size)
 
     def init(self, key: PRNGKey, batch: Mapping[str, Any]) -> Params:
         """Return new parameters; nothing of the batch matters."""
         del batch
-        tokens = jnp.zeros((1, INIT_LENGTH), jnp.int32)
+        tokens = jnp.zeros((1, min(INIT_LENGTH, self.model.length)), jnp.int32)
         return jax.jit(self.model.init)(key, tokens)["params"]
 
     def _compare(self, params, batch, **options) -> tuple[TokenLosses, Array, dict[str, Array]]:
@@ -142,7 +164,7 @@ class LanguageModelling(ModelTask):
         Args:
           params: what `init` returned.
           batch: the global batch.
-          key: unused: nothing is random.
+          key: of dropout, and of attentions that draw.
           step: unused; part of the contract.
 
         Returns:
@@ -150,8 +172,8 @@ class LanguageModelling(ModelTask):
           squared log-sum-exp, and the model's own penalty; and of the first alone `perplexity` and
           `bits_per_byte`, with `accuracy` and what a mixture of experts measures.
         """
-        del key, step
-        losses, counts, aux = self._compare(params, batch)
+        del step
+        losses, counts, aux = self._compare(params, batch, train=True, rngs=training_keys(key))
         total = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
         mean = lambda x: jnp.sum(jnp.where(counts, x, 0)) / total
         nll = mean(losses.nll)

@@ -235,6 +235,14 @@ def latest_step(directory: str | os.PathLike) -> int | None:
     return next(iter(_steps(pathlib.Path(directory))), None)
 
 
+def complete_steps(directory: str | os.PathLike) -> list[int]:
+    """Return all complete steps in a folder, newest first; their contents are not checked.
+
+    With several processes, every process calls this and gets what process 0 sees.
+    """
+    return list(_agreed_steps(pathlib.Path(directory).absolute()))
+
+
 def require_fit(directory: str | os.PathLike, target: Any) -> None:
     """Refuse a folder whose newest readable step is of another program; reads no array.
 

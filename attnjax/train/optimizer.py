@@ -17,9 +17,10 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Return the learning rate as a function of the step.
 
     Linear warm-up from `warmup_lr` to `lr`, then the decay to `end_lr`, reached `cooldown` steps
-    before the end and kept; or, with the decay "inverse_sqrt", at step t after the warm-up
+    before the end and kept. Other decays, t steps after the warm-up:
 
-        lr * sqrt(warmup / t)
+        lr * sqrt(warmup / (warmup + t))                            "inverse_sqrt"
+        max(lr * decay_rate^floor(t / decay_every), end_lr)         "step"
 
     Args:
       optim: the recipe's optimiser section.
@@ -37,6 +38,10 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
         start = max(1, optim.warmup)
         # Joined schedules are asked about steps before their own, too.
         decay = lambda later: optim.lr * jnp.sqrt(start / (start + jnp.maximum(later, 0)))
+    elif optim.decay == "step":
+        decay = optax.exponential_decay(
+            optim.lr, optim.decay_every, optim.decay_rate, staircase=True, end_value=optim.end_lr
+        )
     else:
         decay = optax.constant_schedule(optim.lr)
     if not optim.warmup:

@@ -16,8 +16,11 @@ import numpy as np
 
 from attnjax.errors import RecipeError
 
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Accepted dtypes and their sizes in bytes: parameters are floating."""
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Dtypes of parameters and their sizes in bytes."""
+
+DTYPES = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Accepted dtypes: published files hold masks and indices beside their parameters."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Rule:
 
     Attributes:
       params: path template, `{}` for every number; several templates are parts of one fused tensor,
-        in this order along its first axis.
+        in this order along its first axis, or the one that `FUSED` says of the layout.
       tensor: name template of the other library, `{}` for the same numbers in the same order.
       layout: how axes correspond, a key of `LAYOUTS`.
       is_stacked: the parameter has a leading axis, whose rows are tensors of their own; the tensor
@@ -45,9 +45,9 @@ def rule(params: str | Sequence[str], tensor: str, layout: str = "same") -> Rule
     return Rule((params,) if isinstance(params, str) else tuple(params), tensor, layout)
 
 
-def stacked(params: str, tensor: str, layout: str = "same") -> Rule:
-    """Relate a parameter with a leading axis of layers to one tensor per layer."""
-    return Rule((params,), tensor, layout, is_stacked=True)
+def stacked(params: str | Sequence[str], tensor: str, layout: str = "same") -> Rule:
+    """Relate parameters with a leading axis of layers to one tensor per layer."""
+    return dataclasses.replace(rule(params, tensor, layout), is_stacked=True)
 
 
 def linear(params: str, tensor: str) -> tuple[Rule, Rule]:
@@ -124,7 +124,21 @@ LAYOUTS = {
         lambda x, s: x.transpose(2, 3, 1, 0),
     ),
     "conv1d": (lambda s: tuple(s[::-1]), lambda x: x.T, lambda x, s: x.T),
+    # GPT-2 keeps linear maps as [in, out].
+    "in_plain": (
+        lambda s: (s[0], _size(s[1:])),
+        lambda x: x.reshape(x.shape[0], -1),
+        lambda x, s: x.reshape(s),
+    ),
+    "out_plain": (
+        lambda s: (_size(s[:-1]), s[-1]),
+        lambda x: x.reshape(-1, x.shape[-1]),
+        lambda x, s: x.reshape(s),
+    ),
 }
+
+FUSED = {"in_plain": 1}
+"""Layout -> axis along which parts of one tensor follow each other; the first for all others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +146,7 @@ class Entry:
     """One tensor of a file and the parameters it holds.
 
     Attributes:
-      paths: parameter paths, in order along the tensor's first axis.
+      paths: parameter paths, in order along the tensor's fused axis.
       shapes: shapes of what it holds of them.
       layout: a key of `LAYOUTS`.
       row: it holds this row of its parameter's first axis; None: all of it.
@@ -149,10 +163,16 @@ class Entry:
         return [LAYOUTS[self.layout][0](shape) for shape in self.shapes]
 
     @property
+    def axis(self) -> int:
+        """Axis of the tensor along which its parts follow each other."""
+        return FUSED.get(self.layout, 0)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        parts = self.parts
-        return parts[0] if len(parts) == 1 else (sum(p[0] for p in parts), *parts[0][1:])
+        first, *others = self.parts
+        total = first[self.axis] + sum(p[self.axis] for p in others) if others else None
+        return (*first[: self.axis], total, *first[self.axis + 1 :]) if others else first
 
 
 def plan(shapes: Mapping[str, Sequence[int]], rules: Sequence[Rule] | None) -> dict[str, Entry]:
@@ -266,8 +286,8 @@ def import_params(
       The nested dict of float32 numpy arrays.
 
     Raises:
-      RecipeError: tensors are missing, left over, of another shape or not finite; one message
-        lists all of them, with both shapes, and nothing is loaded.
+      RecipeError: tensors are missing, left over, of another shape, no floats or not finite; one
+        message lists all of them, with both shapes, and nothing is loaded.
     """
     layout = layout_of(list(tensors), shapes, tables)
     entries = plan(shapes, None if layout == NATIVE else tables[layout])
@@ -278,11 +298,13 @@ def import_params(
             tensors[name] = fit(entry.paths[0], tensors[name], entry.shape)
     missing = [f"{name} {_show(entries[name].shape)}" for name in entries if name not in tensors]
     extra = [f"{name} {_show(tensors[name].shape)}" for name in tensors if name not in entries]
-    wrong, infinite = [], []
+    wrong, integer, infinite = [], [], []
     for name, entry in entries.items():
         if name not in tensors:
             continue
-        if tensors[name].shape != entry.shape:
+        if tensors[name].dtype.kind in "biu":
+            integer.append(f"{name} {tensors[name].dtype}")
+        elif tensors[name].shape != entry.shape:
             shape = tensors[name].shape
             hint = " (transposed?)" if shape == entry.shape[::-1] and len(shape) > 1 else ""
             wrong.append(f"{name} {_show(shape)} in the file, {_show(entry.shape)} here{hint}")
@@ -292,6 +314,7 @@ def import_params(
         "missing": missing,
         "not expected": extra,
         "wrong shape": wrong,
+        "no floating numbers": integer,
         "not finite": infinite,
     }
     if any(lists.values()):
@@ -299,8 +322,10 @@ def import_params(
         raise RecipeError(f"{source} (layout {layout!r}) does not fit the model: {text}")
     params: dict[str, np.ndarray] = {}
     for name, entry in entries.items():
-        rows = np.cumsum([part[0] if part else 1 for part in entry.parts])[:-1]
-        pieces = np.split(tensors[name], rows) if len(rows) else [tensors[name]]
+        pieces = [tensors[name]]
+        if len(entry.paths) > 1:
+            ends = np.cumsum([part[entry.axis] for part in entry.parts])
+            pieces = np.split(tensors[name], ends[:-1], axis=entry.axis)
         for path, shape, piece in zip(entry.paths, entry.shapes, pieces, strict=True):
             leaf = np.asarray(LAYOUTS[entry.layout][2](piece, shape), np.float32)
             if entry.row is not None:
@@ -330,7 +355,8 @@ def export_params(
     for name, entry in plan({p: x.shape for p, x in leaves.items()}, rules).items():
         held = [leaves[p] if entry.row is None else leaves[p][entry.row] for p in entry.paths]
         pieces = [LAYOUTS[entry.layout][1](leaf) for leaf in held]
-        tensors[name] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        is_fused = len(pieces) > 1
+        tensors[name] = np.concatenate(pieces, axis=entry.axis) if is_fused else pieces[0]
     return tensors
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from attnjax import data, recipe
 from attnjax.data import BadRecord
-from attnjax.data.text import MarkovText, TextFiles
+from attnjax.data.text import MarkovText, StandardLibraryText, TextFiles
 from attnjax.errors import RecipeError
 
 
@@ -108,3 +108,28 @@ def test_a_file_that_shrinks_is_a_bad_record(folder):
     (folder / "train/z.txt").write_bytes(b"0")
     with pytest.raises(BadRecord, match=r"z\.txt is shorter"):
         list(batches)
+
+
+def test_reserved_tokens_come_before_the_bytes(folder):
+    source = TextFiles(str(folder), length=8, reserved=4)
+    assert source.vocab_size == 260
+    assert source[0]["tokens"].tolist() == [4 + byte for byte in b"abcdefgh"]
+
+
+def test_the_handbook_of_python_is_english_and_held_out_by_topic():
+    train, test = StandardLibraryText(length=1000), StandardLibraryText("test", length=1000)
+    text = {}
+    for split, source in (("train", train), ("test", test)):
+        rows = np.concatenate([source[i]["tokens"] for i in range(len(source))])
+        text[split] = bytes(rows.astype(np.uint8)).decode(errors="ignore")
+    assert 0.02 < len(test) / len(train) < 0.2 and len(train) > 200
+    assert text["train"].count(" the ") > 1000
+    paragraphs = {split: set(text[split].strip("\0").split("\n\n")) for split in text}
+    assert len(paragraphs["test"]) > 50
+    # All that both have is the nothing behind their last paragraphs.
+    assert paragraphs["train"] & paragraphs["test"] <= {""}
+    np.testing.assert_array_equal(train[7]["tokens"], StandardLibraryText(length=1000)[7]["tokens"])
+    shifted = StandardLibraryText(length=1000, reserved=4)
+    np.testing.assert_array_equal(shifted[7]["tokens"], train[7]["tokens"] + 4)
+    with pytest.raises(RecipeError, match="split='dev'"):
+        StandardLibraryText("dev")

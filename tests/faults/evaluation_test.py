@@ -67,6 +67,16 @@ def test_without_the_average(trained, evaluated):
     assert values["test/accuracy"] == expected["accuracy"]
 
 
+def test_mean_of_the_last(trained, evaluated):
+    workdir, records = trained
+    code, values = evaluated(workdir, "--last=3")
+    assert code == 0 and values["step"] == 12
+    assert values["test/loss"] not in [record["test/loss"] for record in records.values()]
+    code, errors = evaluated(workdir, "--last=4")
+    *_, last = errors.splitlines()
+    assert code == 4 and "the mean of 4 checkpoints needs as many" in last
+
+
 def test_damaged_checkpoints(trained, evaluated, tmp_path):
     workdir, records = trained
     copy = shutil.copytree(workdir, tmp_path / "run")

@@ -82,7 +82,9 @@ def test_refusals_take_one_line_and_exit_2(launch, arguments, message):
     assert message in line
 
 
-@pytest.mark.parametrize(("threshold", "code"), [(0.0, 0), (1.01, 6)])
+@pytest.mark.parametrize(
+    ("threshold", "code"), [pytest.param(0.0, 0, marks=pytest.mark.slow), (1.01, 6)]
+)
 def test_whole_command(launch, tmp_path, threshold, code):
     """A clone with another claim: the real command, training included."""
     configs = tmp_path / "configs"

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = {
     "train": {"config", "workdir", "dry_run", "resume", "coordinator", "process_count",
               "process_id", "cpu_devices", "hang_timeout"},
-    "evaluate": {"config", "workdir", "averaged", "cpu_devices"},
+    "evaluate": {"config", "workdir", "averaged", "last", "cpu_devices"},
     "convert": {"system", "preset", "set", "input", "output", "to", "resize_positions",
                 "allow_torch_pickle"},
     "compile": {"config", "topology", "batch", "json"},

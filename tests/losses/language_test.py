@@ -94,3 +94,21 @@ def test_shapes_that_do_not_fit_are_refused():
         token_losses(hidden, kernel, labels[:, 1:])
     with pytest.raises(ValueError, match="chunk=-1"):
         token_losses(hidden, kernel, labels, chunk=-1)
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_bias_and_smoothing(chunk):
+    """(1 - a) nll + a (mean over the vocabulary of -log p), with a bias of the logits."""
+    hidden, kernel, labels = draw()
+    bias = np.linspace(-2, 2, kernel.shape[1]).astype(np.float32)
+    run = jax.jit(functools.partial(token_losses, chunk=chunk, uniform=True))
+    losses = run(hidden, kernel, labels, bias=bias)
+    logits = hidden.astype(np.float64) @ kernel + bias
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(losses.nll, nll, atol=TOLERANCE)
+    expected = 0.9 * nll - 0.1 * log_p.mean(-1)
+    np.testing.assert_allclose(losses.smoothed(0.1), expected, atol=TOLERANCE)
+    np.testing.assert_array_equal(losses.smoothed(0.0), losses.nll)
+    with pytest.raises(ValueError, match="uniform=True"):
+        token_losses(hidden, kernel, labels).smoothed(0.1)

@@ -135,6 +135,69 @@ def test_caches_that_do_not_fit_are_refused():
         both.apply({"params": params}, draw(3, 1), cache, method="extend")
 
 
+def test_attention_by_name_with_the_same_parameters_equals_the_own_one():
+    """Softmax attention has biases in addition, which are zero here; window and rotation agree."""
+    for fields, attention in (
+        ({}, "softmax"),
+        ({"window": 4}, {"name": "local", "window": 4}),
+    ):
+        _, params, run = make(heads=(4, 4), **fields)
+        named = build(
+            "decoder", vocab_size=40, width=32, hidden=48, length=12, heads=(4, 4),
+            attention=attention,
+        )  # fmt: skip
+        shapes = flatten(abstract_params(named))
+        leaves = flatten(params)
+        assert {p for p in shapes if p not in leaves} == {
+            f"layers/attention/{part}/bias" for part in ("query", "key", "value", "out")
+        }
+        leaves = {p: leaves.get(p, np.zeros(x.shape, np.float32)) for p, x in shapes.items()}
+        logits = jax.jit(lambda p, *x, named=named: named.apply({"params": p}, *x).logits)
+        close(logits(unflatten(leaves), draw()), run(params, draw()))
+        assert named.flops() > 0
+    segments = np.repeat([[1, 2]], [5, 7], axis=1).repeat(2, axis=0).astype(np.int32)
+    own = build("decoder", attention=None, vocab_size=40, width=32, hidden=48, length=12)
+    assert own.make_attention() is None and own.is_causal
+    _, params, run = make(heads=(4, 4))
+    named = named.clone(attention="softmax")
+    logits = named.apply({"params": unflatten(leaves)}, draw(), segments).logits
+    close(logits, run(params, draw(), segments))
+
+
+@pytest.mark.parametrize("attention", ["s4d", pytest.param("softmax", marks=pytest.mark.slow)])
+def test_streams_equal_the_parallel_form(attention):
+    model, params, run = make(heads=(2, 2), attention=attention)
+    tokens = draw()
+    expected = run(params, tokens)
+    extend = jax.jit(
+        lambda x, cache: model.apply({"params": params}, x, cache, method="extend"),
+        compiler_options=QUICK,
+    )
+    streams, at = model.empty_cache(2, capacity=12), 0
+    for count in (7, 1, 1, 1):
+        output, streams = extend(tokens[:, at : at + count], streams)
+        close(output.logits, expected[:, at : at + count])
+        at += count
+    with pytest.raises(NotImplementedError, match="lengths"):
+        model.apply({"params": params}, tokens, streams, np.ones(2, np.int32), method="extend")
+    with pytest.raises(ValueError, match="empty_cache"):
+        model.apply({"params": params}, tokens, make()[0].empty_cache(2, 4), method="extend")
+    with pytest.raises(NotImplementedError, match="positions"):
+        model.apply({"params": params}, tokens, None, tokens)
+
+
+def test_attention_by_name_refuses_what_it_cannot_have():
+    for fields, message in (
+        ({"attention": "locl"}, "did you mean 'local'"),
+        ({"attention": "local"}, "as many key/value heads"),
+        ({"attention": "local", "heads": (4, 4), "window": 3}, "its own windows"),
+        ({"attention": "local", "heads": (4, 4), "qkv_bias": True}, "biases of its own"),
+        ({"attention": {"name": "s4d", "rotary_base": 1e4}, "heads": (4, 4)}, "nothing to rotate"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            build("decoder", **fields)
+
+
 def gradients(model, params, tokens):
     def loss(p):
         output = model.apply({"params": p}, tokens)

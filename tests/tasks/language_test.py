@@ -100,6 +100,14 @@ def test_evaluation_counts_valid_examples_only():
     assert all(byx.shape == (3, 1, 12) for byx in shown["maps"].values())
 
 
+def test_dropout_follows_the_key():
+    model = build("gpt2", vocab_size=40, width=16, num_heads=2, hidden=16, depth=1, length=12)
+    task = LanguageModelling(model)
+    params, loss = task.init(KEY, {}), jax.jit(task.loss)
+    values = [loss(params, draw(), jax.random.key(seed), 0)[0] for seed in (0, 0, 1)]
+    assert values[0] == values[1] != values[2]
+
+
 def test_experts_add_their_penalty_and_are_reported():
     task, params = make(has_experts=True)
     loss, values = jax.jit(task.loss)(params, draw(), KEY, 0)

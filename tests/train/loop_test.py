@@ -47,12 +47,24 @@ def tiny(**changes) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
+def show_one_device(monkeypatch):
+    """Let the loop see a single device: compiling for eight takes longer and adds nothing here."""
+    first = lambda sizes: make_mesh(sizes, jax.devices()[:1])
+    monkeypatch.setattr("attnjax.train.loop.make_mesh", first)
+
+
 @pytest.fixture
 def one_device(monkeypatch):
-    """Let the loop see a single device: compiling for eight takes longer and adds nothing here."""
-    monkeypatch.setattr(
-        "attnjax.train.loop.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1])
-    )
+    show_one_device(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted: its result and its folder."""
+    workdir = tmp_path_factory.mktemp("loop") / "whole"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        show_one_device(monkeypatch)
+        return run(tiny(), workdir), workdir
 
 
 def losses(sizes, devices, steps=20):
@@ -84,8 +96,8 @@ def single():
 @pytest.mark.parametrize(
     ("sizes", "devices"),
     [
-        ({"data": 8}, 8),
         ({"data": 2, "fsdp": 2, "model": 2}, 8),
+        pytest.param({"data": 8}, 8, marks=pytest.mark.slow),
         pytest.param({"data": 2}, 2, marks=pytest.mark.slow),
         pytest.param({"data": 4}, 4, marks=pytest.mark.slow),
         pytest.param({"data": 1, "fsdp": 8}, 8, marks=pytest.mark.slow),
@@ -97,44 +109,44 @@ def test_every_mesh_computes_the_same_losses(single, sizes, devices):
     np.testing.assert_allclose(losses(sizes, devices), single, atol=MESH_TOLERANCE)
 
 
-def test_run_leaves_everything(tmp_path, one_device):
-    result = run(tiny(), tmp_path)
+def test_run_leaves_everything(whole, one_device):
+    result, workdir = whole
     assert result.step == 8
     assert set(result.metrics) == {"test/accuracy", "test/loss"}
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in workdir.iterdir()}
     assert {"recipe.json", "environment.json", "metrics.jsonl", "checkpoints", "report"} <= names
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6, 8]
-    assert "test/accuracy" in (tmp_path / "report" / "report.md").read_text()
-    assert Recipe.from_json((tmp_path / "recipe.json").read_text()).identity() == tiny().identity()
+    assert "test/accuracy" in (workdir / "report" / "report.md").read_text()
+    assert Recipe.from_json((workdir / "recipe.json").read_text()).identity() == tiny().identity()
     # Another recipe is refused without touching the folder; a finished run runs no step.
     with pytest.raises(RecipeError, match=r"belongs to another recipe.*seed: 1 != 2"):
-        run(tiny(seed=2), tmp_path)
+        run(tiny(seed=2), workdir)
     with pytest.raises(RecipeError, match="already holds a run"):
-        run(tiny(), tmp_path, resume="never")
-    again = run(tiny(), tmp_path, on_step=lambda step, rows: pytest.fail("took a step"))
+        run(tiny(), workdir, resume="never")
+    again = run(tiny(), workdir, on_step=lambda step, rows: pytest.fail("took a step"))
     assert again.metrics == result.metrics
 
 
-def test_interrupted_run_is_bit_identical(tmp_path, one_device):
+def test_interrupted_run_is_bit_identical(whole, tmp_path, one_device):
     """Dropout, accumulation and the moving average included; losses are logged once each."""
-    whole = run(tiny(), tmp_path / "whole")
+    result, workdir = whole
 
     def interrupt(step, rows):
         if step == 4:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Preempted, match="after step 5"):
-        run(tiny(), tmp_path / "parts", on_step=interrupt)
-    resumed = run(tiny(), tmp_path / "parts")
+        run(tiny(), tmp_path, on_step=interrupt)
+    resumed = run(tiny(), tmp_path)
     for a, b in zip(
-        jax.tree.leaves((whole.state.params, whole.state.opt_state, whole.state.ema)),
+        jax.tree.leaves((result.state.params, result.state.opt_state, result.state.ema)),
         jax.tree.leaves((resumed.state.params, resumed.state.opt_state, resumed.state.ema)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-    read = lambda name: (tmp_path / name / "metrics.jsonl").read_text()
-    assert read("parts") == read("whole")
+    read = lambda folder: (folder / "metrics.jsonl").read_text()
+    assert read(tmp_path) == read(workdir)
 
 
 def test_dry_run_writes_nothing(tmp_path, one_device, capsys):

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules at their hand-computed corners; which parameters decay."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from attnjax.recipe import Optim
+from attnjax.errors import RecipeError
+from attnjax.recipe import Optim, Recipe
 from attnjax.train.optimizer import decayed, make_optimizer, make_schedule
 
 CLOSE = 1e-6  # float32 schedules
@@ -26,6 +29,23 @@ def test_schedule(decay, expected):
     schedule = make_schedule(optim, 100)
     for step, value in expected.items():
         assert float(schedule(step)) == pytest.approx(value, abs=CLOSE)
+
+
+def test_learning_rate_falls_in_steps():
+    optim = Optim(
+        lr=1.0, warmup=10, warmup_lr=1.0, decay="step", decay_every=20, decay_rate=0.5, end_lr=0.2
+    )
+    schedule = make_schedule(optim, 100)
+    for step, value in {0: 1.0, 29: 1.0, 30: 0.5, 49: 0.5, 50: 0.25, 70: 0.2, 99: 0.2}.items():
+        assert float(schedule(step)) == pytest.approx(value, abs=CLOSE)
+    for wrong, message in (
+        ({"decay_every": 0}, r"optim.decay_every=0: must be at least 1 for the decay 'step'"),
+        ({"decay_rate": 0.0}, r"optim.decay_rate=0.0: must be in \(0, 1\]"),
+        ({"cooldown": 5}, r"optim.cooldown=5"),
+    ):
+        recipe = Recipe(optim=dataclasses.replace(optim, **wrong))
+        with pytest.raises(RecipeError, match=message):
+            recipe.validate()
 
 
 def test_vectors_and_named_tables_do_not_decay():

@@ -25,6 +25,7 @@ def test_round_trip_keeps_values_dtypes_and_metadata(tmp_path):
         "b": np.ones((2, 2), ml_dtypes.bfloat16),
         "c": np.float64(3.5).reshape(()),
         "empty": np.zeros((0, 3), np.float16),
+        "index": np.arange(3),
     }
     path = tmp_path / "folder" / "x.safetensors"
     write(path, tensors, {"preset": "9"})

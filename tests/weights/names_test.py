@@ -98,6 +98,11 @@ def test_other_dtypes_become_float32():
     assert {leaf.dtype for leaf in again.values()} == {np.dtype("float32")}
 
 
+def test_integers_are_no_parameters():
+    with pytest.raises(RecipeError, match=r"no floating numbers \(1\): a int32"):
+        import_params({"a": np.ones(2, np.int32)}, {"a": (2,)})
+
+
 def test_a_tensor_may_be_fitted():
     tree, shapes = params()
     tensors = export_params(tree, TABLE) | {"token": np.ones((1, 3, 6), np.float32)}
@@ -143,3 +148,18 @@ def test_a_wrong_layer_is_named(change):
     name = "h.3.w" if change == "extra" else "h.1.w"
     with pytest.raises(RecipeError, match=rf"{name}"):
         import_params(tensors, shapes, STACKED)
+
+
+def test_parts_of_a_transposed_tensor_follow_each_other_along_its_outputs():
+    """GPT-2: `[in, 3 out]` per layer holds query, key and value `[layers, in, heads, width]`."""
+    rng = np.random.default_rng(0)
+    parts = ("query", "key", "value")
+    leaves = {part: rng.standard_normal((2, 4, 2, 3)).astype(np.float32) for part in parts}
+    rules = (stacked(parts, "h.{}.qkv", "in_plain"),)
+    tensors = export_params(leaves, rules)
+    assert tensors["h.1.qkv"].shape == (4, 18)
+    np.testing.assert_array_equal(tensors["h.1.qkv"][:, 6:12], leaves["key"][1].reshape(4, 6))
+    shapes = {part: leaf.shape for part, leaf in leaves.items()}
+    again = import_params(tensors, shapes, {"theirs": rules})
+    for part in parts:
+        np.testing.assert_array_equal(again[part], leaves[part])

@@ -14,15 +14,31 @@ projections, Nystrom's method and state spaces are shared with `attnjax.ops.line
 import dataclasses
 from typing import Any
 
+from attnjax.ops.efficient.abc import Abc
+from attnjax.ops.efficient.cosformer import Cosformer
+from attnjax.ops.efficient.lara import Lara
+from attnjax.ops.efficient.long_short import LongShort
+from attnjax.ops.efficient.nystrom import Nystrom
+from attnjax.ops.efficient.performer import Performer
+from attnjax.ops.efficient.prob_sparse import ProbSparse
 from attnjax.ops.efficient.softmax import Local, Softmax
+from attnjax.ops.efficient.state_space import S4D
 from attnjax.ops.efficient.template import PATTERNS, PatternAttention, Stream, pattern_of
 from attnjax.registry import nearest
 
 __all__ = ["ATTENTIONS", "PATTERNS", "PatternAttention", "Stream", "make", "pattern_of"]
 
 ATTENTIONS: dict[str, type[PatternAttention]] = {
-    "softmax": Softmax,
+    "abc": Abc,
+    "cosformer": Cosformer,
+    "lara": Lara,
     "local": Local,
+    "long_short": LongShort,
+    "nystrom": Nystrom,
+    "performer": Performer,
+    "prob_sparse": ProbSparse,
+    "s4d": S4D,
+    "softmax": Softmax,
 }
 """Name -> class."""
 

@@ -75,6 +75,8 @@ class PatternAttention:
     """Whether it computes softmax attention; such attentions take a mask and a bias of scores."""
     is_random: ClassVar[bool] = False
     """Whether outputs depend on `rng`."""
+    rotates: ClassVar[bool] = True
+    """Whether there are queries and keys that positions can rotate."""
 
     causal: bool = False
     cross: bool = False
@@ -86,6 +88,9 @@ class PatternAttention:
             raise ValueError(f"{type(self).__name__} has no {self.pattern} form; it has {served}")
         if self.cross and self.rotary_base is not None:
             raise ValueError(f"rotary_base={self.rotary_base}: a context has positions of its own")
+        if not self.rotates and self.rotary_base is not None:
+            name = type(self).__name__
+            raise ValueError(f"rotary_base={self.rotary_base}: {name} has nothing to rotate")
 
     @property
     def pattern(self) -> str:
@@ -198,9 +203,7 @@ class PatternAttention:
         Raises:
           ValueError: the context is missing, or there is one where the pattern is self.
         """
-        if self.cross != (context is not None):
-            found = "no context" if context is None else f"a context {context.shape}"
-            raise ValueError(f"{type(self).__name__}, {self.pattern}, got {found}")
+        self._check_context(context)
         options: dict[str, Any] = {"rng": rng, "train": train, "core": core}
         if context is None:
             key_valid = query_valid if key_valid is None else key_valid
@@ -318,6 +321,11 @@ class PatternAttention:
             return query, key
         return tuple(rotate(x, positions, base=self.rotary_base) for x in (query, key))
 
+    def _check_context(self, context):
+        if self.cross != (context is not None):
+            found = "no context" if context is None else f"a context {context.shape}"
+            raise ValueError(f"{type(self).__name__}, {self.pattern}, got {found}")
+
     def _need(self, pattern, what):
         if self.pattern != pattern:
             raise ValueError(
@@ -327,14 +335,19 @@ class PatternAttention:
 
 def project(params: Params, name: str, x: Array) -> Array:
     """Map `x [b,t,d]` to the heads `[b,t,n,h]` of a projection, in the dtype of x."""
-    kernel_dnh, bias_nh = (params[name][part].astype(x.dtype) for part in ("kernel", "bias"))
-    return jnp.einsum("btd,dnh->btnh", x, kernel_dnh) + bias_nh
+    out = jnp.einsum("btd,dnh->btnh", x, params[name]["kernel"].astype(x.dtype))
+    return _shift(out, params[name])
 
 
 def finish(params: Params, out: Array) -> Array:
     """Map heads `[b,t,n,h]` through the output projection to `[b,t,d]`."""
-    kernel_nhd, bias_d = (params["out"][part].astype(out.dtype) for part in ("kernel", "bias"))
-    return jnp.einsum("btnh,nhd->btd", out, kernel_nhd) + bias_d
+    out = jnp.einsum("btnh,nhd->btd", out, params["out"]["kernel"].astype(out.dtype))
+    return _shift(out, params["out"])
+
+
+def _shift(x, part):
+    """Add the bias of a projection, if it has one."""
+    return x + part["bias"].astype(x.dtype) if "bias" in part else x
 
 
 def check_heads(dim: int, heads: int) -> None:

@@ -27,20 +27,22 @@ def convolve(x: Array, kernel: Array, *, first: int = 0, is_circular: bool = Fal
 
     Args:
       x: `[b,t,n,h]`.
-      kernel: w, `[n,k]`.
+      kernel: w, `[n,k]`; or `[m,n,k]`, m kernels for each head.
       first: offset of w_0; 0 for a causal kernel, -(k // 2) for a centred one.
       is_circular: positions wrap around instead of being zero outside; k is at most t.
 
     Returns:
-      `[b,t,n,h]` in the dtype of x, computed in float32.
+      `[b,t,n,h]`, or `[b,t,m,n,h]`, in the dtype of x, computed in float32 or wider.
 
     Raises:
       ValueError: a circular kernel is longer than the sequence.
     """
-    t, k = x.shape[1], kernel.shape[1]
+    t, k = x.shape[1], kernel.shape[-1]
     if is_circular and k > t:
         raise ValueError(f"a circular kernel of {k} is longer than the sequence of {t}")
-    wide, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    wide, kernel = x.astype(dtype), kernel.astype(dtype)
+    wide = wide if kernel.ndim == 2 else wide[:, :, None]
     if k <= DIRECT:
         out = _by_shifts(wide, kernel, first, is_circular)
     else:
@@ -48,23 +50,24 @@ def convolve(x: Array, kernel: Array, *, first: int = 0, is_circular: bool = Fal
     return out.astype(x.dtype)
 
 
-def _by_shifts(x_btnh, kernel_nk, first, is_circular):
-    t, k = x_btnh.shape[1], kernel_nk.shape[1]
+def _by_shifts(x, kernel, first, is_circular):
+    t, k = x.shape[1], kernel.shape[-1]
     if is_circular:
-        shifted = lambda offset: jnp.roll(x_btnh, offset, axis=1)
+        shifted = lambda offset: jnp.roll(x, offset, axis=1)
     else:
         reach = max(abs(first), abs(first + k - 1))
-        padded = jnp.pad(x_btnh, ((0, 0), (reach, reach), (0, 0), (0, 0)))
+        padded = jnp.pad(x, ((0, 0), (reach, reach)) + ((0, 0),) * (x.ndim - 2))
         shifted = lambda offset: padded[:, reach - offset : reach - offset + t]
-    return sum(kernel_nk[:, i, None] * shifted(first + i) for i in range(k))
+    return sum(kernel[..., i, None] * shifted(first + i) for i in range(k))
 
 
-def _by_fft(x_btnh, kernel_nk, first, is_circular):
-    t, k = x_btnh.shape[1], kernel_nk.shape[1]
-    size = t if is_circular else t + max(abs(first), 0) + k
-    spectrum = jnp.fft.rfft(x_btnh, n=size, axis=1)
-    spectrum = spectrum * jnp.fft.rfft(kernel_nk.T, n=size, axis=0)[None, :, :, None]
-    out = jnp.fft.irfft(spectrum, n=size, axis=1)
+def _by_fft(x, kernel, first, is_circular):
+    t, k = x.shape[1], kernel.shape[-1]
+    # Whatever wraps around lands where nobody looks.
+    size = t if is_circular else max(t + k + min(first, 0), t + abs(first), k)
+    spectrum = jnp.fft.rfft(x, n=size, axis=1)
+    weights = jnp.moveaxis(jnp.fft.rfft(kernel, n=size, axis=-1), -1, 0)
+    out = jnp.fft.irfft(spectrum * weights[None, ..., None], n=size, axis=1)
     return jnp.roll(out, first, axis=1)[:, :t]
 
 

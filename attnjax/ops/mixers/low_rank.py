@@ -17,6 +17,7 @@ import numpy as np
 
 from attnjax.ops import mask as masks
 from attnjax.ops.attention import attention
+from attnjax.ops.mask import Mask
 from attnjax.ops.mixers.template import Attention, check_length, check_positive, masked
 from attnjax.typing import Array
 
@@ -68,22 +69,34 @@ def _mixed(mixture_rs, x_bsnh):
     return jnp.einsum("rs,bsnh->brnh", mixture_rs.astype(x_bsnh.dtype), x_bsnh)
 
 
-def segment_means(x: Array, segments: int) -> Array:
+def segment_means(x: Array, segments: int, valid: Array | None = None) -> Array:
     """Return the means of consecutive segments as even as can be, the shorter ones first.
 
     Args:
       x: `[b,t,n,h]`.
       segments: m, at most t.
+      valid: bool `[b,t]`, False at padding: the valid tokens alone are divided. With fewer of them
+        than segments, the last segments hold one token each and the first ones are zero.
 
     Returns:
       `[b,m,n,h]`.
     """
-    t = x.shape[1]
-    short = t // segments
-    sizes = [short] * (segments - t % segments) + [short + 1] * (t % segments)
-    owner_t = np.repeat(np.arange(segments), sizes)
-    mean_mt = (owner_t[None, :] == np.arange(segments)[:, None]) / np.array(sizes)[:, None]
-    return jnp.einsum("mt,btnh->bmnh", jnp.asarray(mean_mt, x.dtype), x)
+    if valid is None:
+        valid = np.ones((1, x.shape[1]), bool)
+    place_bt = valid.cumsum(axis=1) - 1
+    count_b1 = valid.sum(axis=1, keepdims=True)
+    size_b1 = count_b1 // segments
+    short_b1 = (size_b1 + 1) * segments - count_b1
+    late_bt = place_bt - short_b1 * size_b1  # places behind the shorter segments
+    xp = np if isinstance(valid, np.ndarray) else jnp
+    early_bt = place_bt // xp.maximum(size_b1, 1)
+    owner_bt = xp.where(late_bt < 0, early_bt, short_b1 + late_bt // (size_b1 + 1))
+    size_bt = size_b1 + (late_bt >= 0)
+    is_owner_bmt = (owner_bt[:, None] == np.arange(segments)[:, None]) & valid[:, None]
+    mean_bmt = jnp.asarray(is_owner_bmt / size_bt[:, None].clip(1), x.dtype)
+    return jnp.einsum(
+        "bmt,btnh->bmnh", jnp.broadcast_to(mean_bmt, (len(x), *mean_bmt.shape[1:])), x
+    )
 
 
 def pseudo_inverse(matrix: Array, iterations: int = 6, *, is_scale_shared: bool = False) -> Array:
@@ -119,6 +132,7 @@ def nystrom_attention(
     iterations: int = 6,
     scale: float | None = None,
     valid: Array | None = None,
+    is_padding_divided: bool = False,
     is_scale_shared: bool = False,
 ) -> Array:
     """Attend to all keys through the means of segments: F pinv(A) (B V), linear in t and s.
@@ -127,10 +141,12 @@ def nystrom_attention(
 
     Args:
       query, key, value: `[b,t,n,h]`, of one length.
-      landmarks: m; with no more tokens than that, softmax attention is computed exactly.
+      landmarks: m; with no more (valid) tokens than that, softmax attention is computed exactly.
       iterations: see `pseudo_inverse`.
       scale: of the scores; `h ** -0.5` if None (the reference code has 1 / h).
-      valid: bool `[b,t]`, False at padding: it is left out of B, and counts as zero in the means.
+      valid: bool `[b,t]`, False at padding, which then changes nothing.
+      is_padding_divided: divide padding into segments, too, where its keys count as zero, as in the
+        reference code: then it changes the result.
       is_scale_shared: see `pseudo_inverse`.
 
     Returns:
@@ -139,12 +155,37 @@ def nystrom_attention(
     seen = None if valid is None else masks.array(valid[:, None, None, :])
     if query.shape[1] <= landmarks:
         return attention(query, key, value, mask=seen, scale=scale)
-    few_query, few_key = (segment_means(masked(x, valid), landmarks) for x in (query, key))
+    divided = None if is_padding_divided else valid
+    few_query = segment_means(masked(query, divided), landmarks, divided)
+    few_key = segment_means(masked(key, valid), landmarks, divided)
     inner = attention(few_query, few_key, few_key, scale=scale, return_probabilities=True)
     inverse_bnmm = pseudo_inverse(inner.probabilities, iterations, is_scale_shared=is_scale_shared)
     gathered_bmnh = attention(few_query, key, value, mask=seen, scale=scale)
     gathered_bmnh = jnp.einsum("bnmr,brnh->bmnh", inverse_bnmm, gathered_bmnh.astype(jnp.float32))
-    return attention(query, few_key, gathered_bmnh.astype(query.dtype), scale=scale)
+    out_btnh = attention(query, few_key, gathered_bmnh.astype(query.dtype), scale=scale)
+    if divided is None:
+        return out_btnh
+    # With so few valid tokens every segment is one token, or empty.
+    few_value = segment_means(masked(value, valid), landmarks, valid)
+    exact_btnh = attention(
+        query, few_key, few_value, mask=filled_segments(valid, landmarks), scale=scale
+    )
+    is_few_b = valid.sum(axis=1) <= landmarks
+    return jnp.where(is_few_b[:, None, None, None], exact_btnh, out_btnh)
+
+
+def filled_segments(valid: Array, segments: int) -> Mask:
+    """Show the segments of `segment_means` that hold a token.
+
+    Args:
+      valid: bool `[b,t]`.
+      segments: m.
+
+    Returns:
+      A mask of `[b,1,1,m]`.
+    """
+    empty_b1 = segments - valid.sum(axis=1, keepdims=True)
+    return masks.array((jnp.arange(segments) >= empty_b1)[:, None, None, :])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,9 +219,15 @@ class Nystrom(Attention):
         seen = None if valid is None else masks.array(valid[:, None, None, :])
         if query.shape[1] <= self.landmarks:
             return probabilities(query, key, seen)
-        few_query, few_key = (segment_means(masked(x, valid), self.landmarks) for x in (query, key))
+        few_query, few_key = (
+            segment_means(masked(x, valid), self.landmarks, valid) for x in (query, key)
+        )
         inverse = pseudo_inverse(probabilities(few_query, few_key), self.iterations)
-        return probabilities(query, few_key) @ inverse @ probabilities(few_query, key, seen)
+        weights = probabilities(query, few_key) @ inverse @ probabilities(few_query, key, seen)
+        if valid is None:
+            return weights
+        is_few_b = valid.sum(axis=1) <= self.landmarks
+        return jnp.where(is_few_b[:, None, None, None], probabilities(query, key, seen), weights)
 
     def mixing_flops(self, length, dim, heads):
         m = self.landmarks

@@ -26,9 +26,10 @@ INITS = ("linear", "inverse")
 
 def s4d_init(
     key: PRNGKey, channels: int, states: int, *, init: str = "linear",
-    dt_range: tuple[float, float] = (1e-3, 1e-1),
+    dt_range: tuple[float, float] = (1e-3, 1e-1), kernels: int | None = None,
+    is_shared: bool = False,
 ) -> Params:  # fmt: skip
-    """Draw the parameters of one kernel for each channel.
+    """Draw the parameters of one kernel, or of several, for each channel.
 
     Args:
       key: typed random key.
@@ -36,10 +37,13 @@ def s4d_init(
       states: complex numbers of state n (each stands for itself and its conjugate).
       init: one of `INITS`.
       dt_range: bounds of the step sizes, log-uniform.
+      kernels: m kernels for each channel, which differ in C; None: one, without an axis.
+      is_shared: all channels share A, and C is drawn together with a B of random entries for which
+        the response to a constant input has variance 1.
 
     Returns:
-      `log_dt [c]`, `log_decay [c,n]` (log of -Re A), `frequency [c,n]` (Im A), `output [c,n,2]`
-      (real and imaginary part of C), `skip [c]` (D); float32.
+      `log_dt [c]`, `log_decay [c,n]` (log of -Re A), `frequency [c,n]` (Im A), `output [m,c,n,2]`
+      (real and imaginary part of C), `skip [m,c]` (D); float32. If A is shared, c is 1 in it.
 
     Raises:
       ValueError: the initialisation is unknown.
@@ -52,20 +56,42 @@ def s4d_init(
     frequency = math.pi * n
     if init == "inverse":
         frequency = (2 * states / math.pi) * (2 * states / (1 + 2 * n) - 1)
+    several = () if kernels is None else (kernels,)
+    draw = lambda key, *shape: jax.random.normal(key, shape) * math.sqrt(0.5)
+    output = draw(output_key, *several, channels, states, 2)
+    if is_shared:
+        inputs_n = jax.lax.complex(*draw(jax.random.fold_in(output_key, 1), 2, states))
+        response = 2 * jnp.sum(jnp.abs(inputs_n / (1j * frequency - 0.5)) ** 2)
+        product = jax.lax.complex(output[..., 0], output[..., 1]) * inputs_n * response**-0.5
+        output = jnp.stack([product.real, product.imag], axis=-1)
+    rates = (1 if is_shared else channels, states)
     return {
         "log_dt": jax.random.uniform(dt_key, (channels,), minval=low, maxval=high),
-        "log_decay": jnp.full((channels, states), math.log(0.5)),
-        "frequency": jnp.broadcast_to(frequency, (channels, states)),
-        "output": jax.random.normal(output_key, (channels, states, 2)) * math.sqrt(0.5),
-        "skip": jax.random.normal(skip_key, (channels,)),
+        "log_decay": jnp.full(rates, math.log(0.5)),
+        "frequency": jnp.broadcast_to(frequency, rates),
+        "output": output,
+        "skip": jax.random.normal(skip_key, (*several, channels)),
     }
 
 
 def s4d_kernel(params: Params, length: int) -> Array:
-    """Return the kernels `[c,length]` float32 of `s4d_init`'s parameters, without D."""
+    """Return the kernels `[m,c,length]` float32 of `s4d_init`'s parameters, without D."""
     rate_cn, output_cn = _discrete(params)
-    powers_cnl = jnp.exp(rate_cn[..., None] * jnp.arange(length))
-    return 2 * jnp.real(jnp.einsum("cn,cnl->cl", output_cn, powers_cnl))
+    # exp(rate (i size + j)) is a product, so that no table of all powers is needed.
+    blocks, size = _blocks(length)
+    starts_cni = output_cn[..., None] * jnp.exp(rate_cn[..., None] * (size * jnp.arange(blocks)))
+    offsets_cnj = jnp.exp(rate_cn[..., None] * jnp.arange(size))
+    # The real part of a complex product as one real product.
+    starts_cni = jnp.concatenate([starts_cni.real, -starts_cni.imag], axis=-2)
+    offsets_cnj = jnp.concatenate([offsets_cnj.real, offsets_cnj.imag], axis=-2)
+    kernel_cij = jnp.einsum("...cni,cnj->...cij", starts_cni, offsets_cnj, precision="highest")
+    return 2 * kernel_cij.reshape(*kernel_cij.shape[:-2], blocks * size)[..., :length]
+
+
+def s4d_kernel_flops(kernels: int, states: int, length: int) -> float:
+    """Count the matrix products of `s4d_kernel`; a multiply-add is two."""
+    blocks, size = _blocks(length)
+    return 4.0 * kernels * states * blocks * size
 
 
 def s4d_step(params: Params, state: Array, x: Array) -> tuple[Array, Array]:
@@ -74,15 +100,22 @@ def s4d_step(params: Params, state: Array, x: Array) -> tuple[Array, Array]:
     Args:
       params: from `s4d_init`, c channels.
       state: complex64 `[b,c,h,n]`, zeros at the start.
-      x: `[b,c,h]` float32, h inputs for each kernel.
+      x: `[b,c,h]` float32, h inputs for each channel.
 
     Returns:
-      The new state and the output `[b,c,h]` float32, D included.
+      The new state and the output `[b,c,h]` float32, or `[b,m,c,h]`, D included.
     """
     rate_cn, output_cn = _discrete(params)
     state = jnp.exp(rate_cn)[None, :, None] * state + x[..., None]
-    out_bch = 2 * jnp.real(jnp.einsum("bchn,cn->bch", state, output_cn))
-    return state, out_bch + params["skip"][None, :, None] * x
+    out_bch = 2 * jnp.real(jnp.einsum("bchn,...cn->b...ch", state, output_cn, precision="highest"))
+    x = x if output_cn.ndim == 2 else x[:, None]
+    return state, out_bch + params["skip"][None, ..., None] * x
+
+
+def _blocks(length):
+    """How many blocks of which size: about the square root each."""
+    size = math.isqrt(length - 1) + 1
+    return -(-length // size), size
 
 
 def _discrete(params):
@@ -142,8 +175,9 @@ class S4D(Mixer):
 
     def mixing_flops(self, length, dim, heads):
         ways = 1 if self.causal else 2
-        return ways * (convolution_flops(length, dim) + 16.0 * heads * self.states * length)
+        kernels = s4d_kernel_flops(ways * heads, self.states, length)
+        return ways * convolution_flops(length, dim) + kernels
 
     def mixing_numbers(self, length, dim, heads):
         ways = 1 if self.causal else 2
-        return ways * (2.0 * length * dim + 2 * heads * self.states * length)
+        return ways * (2.0 * length * dim + heads * length)

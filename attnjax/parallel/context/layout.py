@@ -381,22 +381,23 @@ def _move(array, layout, axis, mesh, axis_name, *, is_back):
             table[end[chosen] // count, i] = slot
         tables.append(table)
 
-    def local(x):
-        rank = jax.lax.axis_index(axis_name)
-        give, take = (jnp.asarray(table)[rank] for table in tables)
+    # Every rank is handed its rows of the tables. Asked for its rank here, XLA refuses to partition
+    # the loop of a diffusion sampler ("PartitionId instruction is not supported").
+    def local(x, give, take):
         moved = jnp.zeros_like(x)
         for i, chosen in enumerate(rounds):
-            part = jax.lax.dynamic_slice_in_dim(x, give[i] * unit, unit, axis)
+            part = jax.lax.dynamic_slice_in_dim(x, give[0, i] * unit, unit, axis)
             pairs = zip(source[chosen] // count, sink[chosen] // count, strict=True)
             part = jax.lax.ppermute(part, axis_name, [(int(a), int(b)) for a, b in pairs])
-            moved = jax.lax.dynamic_update_slice_in_dim(moved, part, take[i] * unit, axis)
+            moved = jax.lax.dynamic_update_slice_in_dim(moved, part, take[0, i] * unit, axis)
         return moved
 
     spec = P(*(axis_name if i == axis else None for i in range(array.ndim)))
     moving = jax.shard_map(
-        local, mesh=mesh, in_specs=(spec,), out_specs=spec, axis_names={axis_name}, check_vma=False
-    )
-    return jax.jit(moving)(array)
+        local, mesh=mesh, in_specs=(spec, P(axis_name), P(axis_name)), out_specs=spec,
+        axis_names={axis_name}, check_vma=False,
+    )  # fmt: skip
+    return jax.jit(moving)(array, *map(jnp.asarray, tables))
 
 
 def _is_permutation(layout):
