@@ -38,6 +38,12 @@ SYSTEMS = {
             "attnjax.models.crossvit:CrossViT",
         ),
         System(
+            "cab",
+            "benchmark",
+            "CAB: nine efficient attentions, four patterns, seven tasks, one index",
+            "attnjax.benchmarks.cab:PAPER",
+        ),
+        System(
             "long_context_bench",
             "benchmark",
             "LongCA-bench: masks x kernels x context-parallel attentions",
@@ -86,6 +92,7 @@ TASKS = {
 }
 
 SOURCES = {
+    "associative_recall": "attnjax.data.patterns:AssociativeRecall",
     "copy_sort": "attnjax.data.pairs:CopySort",
     "digit_pairs": "attnjax.data.pictures:DigitPairs",
     "digit_sequences": "attnjax.data.lra:DigitSequences",
@@ -118,6 +125,7 @@ SOURCES = {
     "text_files": "attnjax.data.text:TextFiles",
     "text_pairs": "attnjax.data.pairs:TextPairs",
     "tfds": "attnjax.data.sources:TensorFlowDatasets",
+    "window_permutation": "attnjax.data.patterns:WindowPermutation",
 }
 
 PIPELINES = {

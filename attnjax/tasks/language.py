@@ -60,8 +60,8 @@ class LanguageModelling(ModelTask):
     """Next-token prediction on `tokens [b,t]` int32.
 
     With `packed`, the batch also holds `segments [b,t]` int32: documents that do not see each other
-    and are not predicted from each other; 0 is padding. Logits exist for a part of the tokens at a
-    time only.
+    and are not predicted from each other; 0 is padding. With `scored`, it holds `scored [b,t]` bool,
+    which tokens are to be predicted. Logits exist for a part of the tokens at a time only.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class LanguageModelling(ModelTask):
         z_loss: float = 0.0,
         logits_chunk: int = 0,
         packed: bool = False,
+        scored: bool = False,
         bytes_per_token: float = 1.0,
     ):
         """Bind a model to the task.
@@ -81,6 +82,7 @@ class LanguageModelling(ModelTask):
           z_loss: weight of the mean squared log-sum-exp of the logits.
           logits_chunk: tokens of an example whose logits exist at the same time; 0: all.
           packed: the batch holds `segments`.
+          scored: the batch holds `scored`.
           bytes_per_token: mean length of a token, for bits per byte.
 
         Raises:
@@ -105,17 +107,18 @@ class LanguageModelling(ModelTask):
             )
         super().__init__(model)
         self.z_loss, self.logits_chunk = z_loss, logits_chunk
-        self.packed, self.bytes_per_token = packed, bytes_per_token
+        self.packed, self.scored, self.bytes_per_token = packed, scored, bytes_per_token
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the batch entries that `loss` reads."""
-        return ("tokens", "segments") if self.packed else ("tokens",)
+        return ("tokens", *(("segments",) * self.packed), *(("scored",) * self.scored))
 
     def example(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Return names, shapes and dtypes of what `loss` reads, for a batch of this size."""
         tokens = self.model.example(batch)["tokens"]
-        return {name: tokens for name in self.inputs}
+        scored = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
+        return {name: scored if name == "scored" else tokens for name in self.inputs}
 
     def check(self, batch: Mapping[str, Any]) -> None:
         """Refuse a host batch with missing entries or tokens outside the vocabulary.
@@ -124,7 +127,14 @@ class LanguageModelling(ModelTask):
           RecipeError: names the entry, or the token and its example.
         """
         self.check_names(batch)
-        arrays = {name: integers(batch, name) for name in self.inputs}
+        arrays = {name: integers(batch, name) for name in self.inputs if name != "scored"}
+        if self.scored:
+            scored = np.asarray(batch["scored"])
+            if scored.dtype != bool or scored.shape != arrays["tokens"].shape or not scored.any():
+                raise RecipeError(
+                    f"scored must be boolean {arrays['tokens'].shape} and True somewhere, got "
+                    f"{scored.dtype} {scored.shape}"
+                )
         if self.packed and (arrays["segments"] < 0).any():
             raise RecipeError("segments must be at least 0, which is padding")
         check_vocabulary(batch, "tokens", self.model.vocab_size)
@@ -145,6 +155,8 @@ class LanguageModelling(ModelTask):
         counts = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < last, tokens.shape)
         if segments is not None:
             counts &= (segments > 0) & (segments == jnp.roll(segments, -1, axis=1))
+        if self.scored:
+            counts &= jnp.roll(batch["scored"], -1, axis=1)
         if "valid" in batch:
             counts &= batch["valid"][:, None]
         losses = token_losses(

@@ -15,6 +15,7 @@ import dataclasses
 from typing import Any
 
 from attnjax.ops.efficient.abc import Abc
+from attnjax.ops.efficient.controls import Nothing
 from attnjax.ops.efficient.cosformer import Cosformer
 from attnjax.ops.efficient.lara import Lara
 from attnjax.ops.efficient.long_short import LongShort
@@ -26,7 +27,7 @@ from attnjax.ops.efficient.state_space import S4D
 from attnjax.ops.efficient.template import PATTERNS, PatternAttention, Stream, pattern_of
 from attnjax.registry import nearest
 
-__all__ = ["ATTENTIONS", "PATTERNS", "PatternAttention", "Stream", "make", "pattern_of"]
+__all__ = ["ATTENTIONS", "CONTROLS", "PATTERNS", "PatternAttention", "Stream", "make", "pattern_of"]
 
 ATTENTIONS: dict[str, type[PatternAttention]] = {
     "abc": Abc,
@@ -42,12 +43,15 @@ ATTENTIONS: dict[str, type[PatternAttention]] = {
 }
 """Name -> class."""
 
+CONTROLS: dict[str, type[PatternAttention]] = {"none": Nothing}
+"""What `make` knows besides: no attentions, but what these are compared with."""
+
 
 def make(name: str, **options: Any) -> PatternAttention:
     """Return an attention by name.
 
     Args:
-      name: key of `ATTENTIONS`.
+      name: key of `ATTENTIONS` or `CONTROLS`.
       **options: fields of that class.
 
     Returns:
@@ -57,9 +61,10 @@ def make(name: str, **options: Any) -> PatternAttention:
       ValueError: the name or an option is unknown (the choices are listed), a value is wrong, or
         the attention has no form for the pattern.
     """
-    if name not in ATTENTIONS:
-        raise ValueError(f"unknown attention {name!r}: {nearest(name, ATTENTIONS)}")
-    family = ATTENTIONS[name]
+    known = ATTENTIONS | CONTROLS
+    if name not in known:
+        raise ValueError(f"unknown attention {name!r}: {nearest(name, known)}")
+    family = known[name]
     fields = [field.name for field in dataclasses.fields(family)]
     for option in options:
         if option not in fields:
