@@ -105,9 +105,7 @@ def frame_count(samples: Any, hop: int) -> Any:
     return 1 + samples // hop
 
 
-def stft(
-    wave: Any, window: int, hop: int, lengths: Any = None, *, is_tapered: bool = True
-) -> Any:
+def stft(wave: Any, window: int, hop: int, lengths: Any = None, *, is_tapered: bool = True) -> Any:
     """Return the Fourier transform of windows around every hop-th sample.
 
     Waves are mirrored at both ends.
