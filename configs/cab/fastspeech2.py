@@ -8,9 +8,11 @@ is to be predicted follows from the phonemes; "ljspeech", the model and settings
 Run:     python -m launch.train --config=configs/cab/fastspeech2.py --workdir=DIR
 Data:    generated; for :ljspeech, LJSpeech-1.1 under data/LJSpeech-1.1 and alignments of its
          phonemes (lines id|phonemes|frames) as its alignments.txt; take task.mel_mean and
-         task.mel_deviation from attnjax.data.speech.mel_statistics
-Cost:    MINUTES on two CPU cores; :ljspeech was not run by us
-Expect:  RESULT
+         task.mel_deviation from attnjax.data.speech.mel_statistics, and model.variance.pitch and
+         energy, ends of their ranges, from the examples
+Cost:    1 minute on two CPU cores; :ljspeech was not run by us
+Expect:  test/mcd 3.08, test/msd 1.46 and test/frames 1.0, measured once; the mean frame, as often
+         as it should be, has 5.69 and 2.55
 """
 
 from attnjax.errors import RecipeError

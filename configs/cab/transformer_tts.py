@@ -9,8 +9,9 @@ Run:     python -m launch.train --config=configs/cab/transformer_tts.py --workdi
 Data:    generated; for :ljspeech, LJSpeech-1.1 under data/LJSpeech-1.1 and a dictionary such as
          CMUdict as its cmudict.txt, whose symbols decide model.vocab_size; take task.mel_mean and
          task.mel_deviation from attnjax.data.speech.mel_statistics
-Cost:    MINUTES on two CPU cores; :ljspeech was not run by us
-Expect:  RESULT
+Cost:    1 minute on two CPU cores; :ljspeech was not run by us
+Expect:  test/mcd 5.21, test/msd 2.37 and test/frames 0.97, measured once; the mean frame, as
+         often as it should be, has 5.69 and 2.55: a minute is not enough to speak well
 """
 
 from attnjax.errors import RecipeError

@@ -59,6 +59,18 @@ def test_mlp_names_its_kernels_up_and_down():
     assert shapes["up"]["kernel"].shape == (4, 6) and shapes["down"]["kernel"].shape == (6, 4)
 
 
+@pytest.mark.parametrize(("outer", "lost"), [(0.0, 0.0), (None, 0.5)])
+def test_mlp_can_leave_the_dropout_of_its_output_to_the_branch(outer, lost):
+    """With weights of 0 only the last bias is left, of which dropout inside says nothing."""
+    mlp, x = Mlp(2, 0.5, output_dropout=outer), jnp.ones((1, 500, 4))
+    shapes = jax.eval_shape(mlp.init, jax.random.key(0), x)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    params["params"]["down"]["bias"] += 1
+    y = mlp.apply(params, x, train=True, rngs={"dropout": jax.random.key(1)})
+    # Five standard deviations of a mean of 2000 draws.
+    assert abs(float((y == 0).mean()) - lost) <= 5 * math.sqrt(lost * (1 - lost) / 2000)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_encoder_block_is_deterministic_in_evaluation(rate):
     block = EncoderBlock(2, 8, dropout=rate, drop_path=rate)
