@@ -91,8 +91,8 @@ TASKS = (
 )  # fmt: skip
 
 OPTIONS: dict[tuple[str, str], dict[str, int]] = {
-    ("local", "causal_self"): {"window": 8},
-    ("long_short", "causal_self"): {"window": 8, "chunk": 4, "memory": 32},
+    ("local", "causal_self"): {"window": 16},
+    ("long_short", "causal_self"): {"window": 16, "chunk": 4, "memory": 32},
 }
 """Where the attentions' own defaults are longer than the sequences here."""
 
@@ -100,8 +100,7 @@ SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
         "permutation": {"steps": 200},
         "masked_language": {"steps": 150},
-        "super_resolution": {"steps": 150, "task.sample_steps": 20},
-        "recall": {"steps": 300},
+        "super_resolution": {"steps": 100, "batch": 32, "task.sample_steps": 10},
         "language": {"steps": 150},
         "forecasting": {"steps": 200},
         "sorting": {"steps": 200},

@@ -82,7 +82,7 @@ def test_cells_are_trained_once_and_the_board_follows(fake, tmp_path, monkeypatc
     assert len(fake) == len(cases), "what the folder held was not trained again"
     board.run(cases, path)
     assert len(fake) == len(cases)
-    monkeypatch.setitem(board.SCALES["quick"]["recall"], "steps", 299)
+    monkeypatch.setitem(board.SCALES["quick"], "recall", {"steps": 299})
     board.run(board.grid("quick", "recall/local"), path)
     assert len(fake) == len(cases) + 1, "another recipe is another cell"
     stored = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
@@ -95,7 +95,7 @@ def test_cells_are_trained_once_and_the_board_follows(fake, tmp_path, monkeypatc
     z = (4 - values.mean()) / values.std(ddof=1)
     parts = found["causal_self", "abc"].index.tasks
     assert parts["recall"] == pytest.approx(z) and parts["language"] == pytest.approx(-z)
-    control = (len("none") + 1 - 1 - values.mean()) / values.std(ddof=1)
+    control = (5 - values.mean()) / values.std(ddof=1)
     assert found["causal_self", "none"].index.tasks["recall"] == pytest.approx(control)
     assert all(s.index.total == pytest.approx(0, abs=1e-9) for s in causal)
     assert ("noncausal_self", "prob_sparse") not in found
