@@ -8,18 +8,31 @@ Variants: the name of an attention, "local_short" (7 neighbours on either side, 
 Run:     python -m launch.train --config=configs/cab/window_permutation.py --workdir=DIR
          --config.model.attention=performer
 Data:    generated, no network
-Cost:    about 15 seconds on two CPU cores
-Expect:  EXPECT
+Cost:    about 20 seconds on two CPU cores
+Expect:  test/accuracy 1.0 with softmax and local, 0.12 with local_short, 0.14 with performer,
+         measured by us
 """
 
 from attnjax.errors import RecipeError
-from attnjax.ops.efficient import ATTENTIONS
 from attnjax.recipe import Checkpoint, Data, Evaluation, Optim, Recipe, Report
 from attnjax.registry import nearest
 
 DISTANCE = 8
 ATTENTION = {
-    **{name: name for name, family in ATTENTIONS.items() if "noncausal_self" in family.patterns},
+    **{
+        name: name
+        for name in (
+            "abc",
+            "cosformer",
+            "lara",
+            "long_short",
+            "nystrom",
+            "performer",
+            "prob_sparse",
+            "s4d",
+            "softmax",
+        )
+    },
     "local": {"name": "local", "window": DISTANCE},
     "local_short": {"name": "local", "window": DISTANCE - 1},
 }

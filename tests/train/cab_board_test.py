@@ -129,8 +129,10 @@ def test_a_board_of_one_attention_has_no_index(fake, tmp_path):
 
 
 def test_a_tiny_cell_really_trains(tmp_path, monkeypatch):
+    shipped = recipe_lib.load
+
     def load(config):
-        recipe = recipe_lib.load(config)
+        recipe = shipped(config)
         recipe.model |= {"width": 16, "depth": 1, "num_heads": 2, "hidden": 16}
         recipe.optim.warmup, recipe.batch = 1, 8
         recipe.evals["test"].data.source["size"] = 16
