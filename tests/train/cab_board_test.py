@@ -64,12 +64,15 @@ def fake(monkeypatch):
             raise Diverged("planted")
         value = 1.0 + len(name)
         metrics = {m: value for task in board.TASKS for m in task.metrics}
-        metrics |= {f"length_{n}/perplexity": 2 * value for n in board.LANGUAGE_LENGTHS}
         size = 200 if name == "s4d" else 100
-        state = types.SimpleNamespace(params={"x": np.zeros(size)})
+        state = types.SimpleNamespace(params={"x": np.zeros(size)}, averaged=value)
         return types.SimpleNamespace(metrics=metrics, state=state)
 
+    lengths = lambda recipe, value: {
+        f"length_{n}/perplexity": 2 * value for n in board.LANGUAGE_LENGTHS
+    }
     monkeypatch.setattr(board, "train", train)
+    monkeypatch.setattr(board, "perplexities", lengths)
     return trained
 
 
