@@ -383,6 +383,7 @@ def _benefit(rows):
         for row in rows
         if row.pattern in without and row.attention != CONTROL
     ]
+    found = [(row, gains) for row, gains in found if gains]
     if not found:
         return []
     lines = ["### benefit of attention: index less that without attention", ""]
