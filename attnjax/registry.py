@@ -32,16 +32,16 @@ SYSTEMS = {
     system.slug: system
     for system in (
         System(
+            "cab",
+            "benchmark",
+            "CAB: nine efficient attentions, four patterns, seven tasks, one index",
+            "attnjax.benchmarks.cab.index:score",
+        ),
+        System(
             "crossvit",
             "model",
             "CrossViT: dual-branch vision transformer with cross-attention fusion",
             "attnjax.models.crossvit:CrossViT",
-        ),
-        System(
-            "cab",
-            "benchmark",
-            "CAB: nine efficient attentions, four patterns, seven tasks, one index",
-            "attnjax.benchmarks.cab:PAPER",
         ),
         System(
             "long_context_bench",

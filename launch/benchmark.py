@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure speed: python -m launch.benchmark --suite=attention|long_context|mixers|scale_factor
+"""Measure speed: python -m launch.benchmark --suite=attention|cab|long_context|mixers|scale_factor
 --out=DIR, or --suite=training --config=FILE [--peer=timm]
 
 attention: implementations and installed peers in turns; results.csv (resumable) and results.png;
 with --tune: tile sizes; tuning.json, see attnjax/ops/tuning.py.
-long_context: LongCA-bench, kernels and context-parallel attentions; likewise, and its own tables.
-mixers: token mixers over length, likewise; with --config: the recipe trained over context.
-scale_factor: what tiling and devices each do for time and length; results.csv.
+cab: attentions trained on CAB's tasks, leaderboard.md; or cost, --shapes=ladder. long_context:
+LongCA-bench, kernels and context-parallel attentions. mixers: token mixers over length; with
+--config: the recipe trained over context. scale_factor: what tiling and devices each do.
 training: a recipe's step and forward pass, its data pipeline, and a peer in turns."""
 
 import importlib

@@ -60,8 +60,8 @@ class LanguageModelling(ModelTask):
     """Next-token prediction on `tokens [b,t]` int32.
 
     With `packed`, the batch also holds `segments [b,t]` int32: documents that do not see each other
-    and are not predicted from each other; 0 is padding. With `scored`, it holds `scored [b,t]` bool,
-    which tokens are to be predicted. Logits exist for a part of the tokens at a time only.
+    and are not predicted from each other; 0 is padding. With `scored`, it holds `scored [b,t]`
+    bool, which tokens are to be predicted. Logits exist for a part of the tokens at a time only.
     """
 
     def __init__(

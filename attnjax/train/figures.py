@@ -237,3 +237,46 @@ def _short(name: str) -> str:
     # A dollar sign would start mathematical typesetting.
     name = name.replace("$", r"\$")
     return name if len(name) <= 18 else name[:17] + "…"
+
+
+def draw_board(
+    names: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], path
+) -> None:
+    """Draw a table of scores as a heat map, and as a radar beside it.
+
+    Args:
+      names: rows.
+      columns: at least one.
+      values: a number for each row and column, NaN where there is none; 0 is average.
+      path: PNG to write.
+    """
+    table = np.asarray(values, float)
+    rows, count = table.shape
+    figure = _figure(0.75 * count + 7.2, max(3.6, 0.34 * rows + 1.6))
+    grid = figure.add_gridspec(1, 2, width_ratios=(0.75 * count + 1.6, 5.0))
+    heat = figure.add_subplot(grid[0])
+    heat.imshow(table, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
+    heat.set_xticks(range(count), columns, rotation=40, ha="right", fontsize=7, color=_INK)
+    heat.set_yticks(range(rows), names, fontsize=8, color=_INK)
+    for row, column in zip(*np.nonzero(np.isfinite(table)), strict=True):
+        value = table[row, column]
+        color = "white" if abs(value) > 1.3 else _INK
+        heat.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    heat.set_title("index by task", loc="left", fontsize=10, color=_INK, fontweight="bold")
+
+    radar = figure.add_subplot(grid[1], projection="polar")
+    angles = 2 * np.pi * np.arange(count) / count
+    closed = np.append(angles, angles[0])
+    for number, name in enumerate(names):
+        # Outliers would leave the others in a point at the rim.
+        line = np.clip(table[number], -2.5, 2.5)
+        radar.plot(
+            closed, np.append(line, line[0]), marker="o", markersize=2.5, linewidth=1.1,
+            color=f"C{number % 10}", linestyle="-" if number < 10 else ":", label=name,
+        )  # fmt: skip
+    radar.set_xticks(angles, columns, fontsize=6, color=_QUIET)
+    radar.set_ylim(-2.5, 2.5)
+    radar.tick_params(axis="y", labelsize=6, colors=_QUIET)
+    radar.legend(loc="upper left", bbox_to_anchor=(1.1, 1.05), fontsize=7, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

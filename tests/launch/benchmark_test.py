@@ -16,6 +16,8 @@ import pytest
         (("--suite=attention",), "--out is missing"),
         (("--suite=attention", "--only=nobody"), "matches no cell"),
         (("--suite=attention", "--shapes=hug"), "choose from"),
+        (("--suite=cab", "--shapes=quik"), "choose from"),
+        (("--suite=cab", "--shapes=quick", "--only=nobody"), "matches no cell"),
         (("--suite=long_context", "--shapes=hug"), "choose from"),
         (("--suite=long_context", "--tune"), "suite long_context has no tiles"),
         (("--suite=long_context", "--shapes=quick:none.csv"), "cannot be read"),

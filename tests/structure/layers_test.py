@@ -33,7 +33,8 @@ ALLOWED = {
     "models": _GROUND | {"ops", "parallel", "nn", "weights"},
     "tasks": _GROUND | {"ops", "parallel", "nn", "models", "losses", "metrics"},
     "train": _GROUND
-    | {"claim", "ops", "parallel", "nn", "models", "tasks", "losses", "metrics", "data", "weights"},
+    | {"claim", "ops", "parallel", "nn", "models", "tasks", "losses", "metrics", "data", "weights"}
+    | {"benchmarks"},
 }
 
 FLAX = {"nn", "models", "methods"}

@@ -6,12 +6,3 @@ Zhang et al., "CAB: Comprehensive Attention Benchmarking on Long Sequence Modeli
 leaderboard is `attnjax.train.cab_board`. Here is what is made of the numbers: the compositional
 index, the efficiency length, correlations and the benefit of attention.
 """
-
-PAPER = {
-    "title": "CAB: Comprehensive Attention Benchmarking on Long Sequence Modeling",
-    "id": "arXiv:2210.07661",
-    "year": 2023,
-    "code": "https://github.com/Shark-NLP/CAB",
-    "licence": "MIT (the attentions)",
-    "claim": "Efficient attentions that do well in one pattern need not do so in another.",
-}

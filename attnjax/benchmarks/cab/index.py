@@ -15,6 +15,15 @@ from collections.abc import Mapping
 
 from attnjax.ops.efficient import PATTERNS
 
+PAPER = {
+    "title": "CAB: Comprehensive Attention Benchmarking on Long Sequence Modeling",
+    "id": "arXiv:2210.07661",
+    "year": 2023,
+    "code": "https://github.com/Shark-NLP/CAB",
+    "licence": "MIT (the attentions)",
+    "claim": "Efficient attentions that do well in one pattern need not do so in another.",
+}
+
 Tasks = Mapping[str, tuple["Metric", ...]]
 
 

@@ -2,8 +2,8 @@
 """What attentions are compared with to see what they are worth: none at all.
 
 CAB, arXiv 2210.07661, Section 5.3, takes attention away to measure its benefit. How is not said;
-here the sub-layer returns zeros and has no parameters, so that a layer keeps its residual stream and
-its channel stage [our design].
+here the sub-layer returns zeros and has no parameters, so that a layer keeps its residual stream
+and its channel stage [our design].
 """
 
 import dataclasses
