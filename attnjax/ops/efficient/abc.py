@@ -23,8 +23,11 @@ from attnjax.ops.mixers.template import check_positive, without_padding
 from attnjax.ops.normalizer import EMPTY_LSE
 from attnjax.typing import Array
 
-CHUNK = 32
+CHUNK = 64
 """Tokens of the causal form that are handled at once."""
+
+HIGHEST = 80.0
+"""Exponents beyond this one are not taken: e^88 overflows."""
 
 _DRAW = jax.nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 
@@ -121,8 +124,10 @@ class Abc(PatternAttention):
         r = self.landmarks
         if not self.causal or self.cross:
             return 4.0 * r * dim * (2 * context_length + length)
-        near = 0 if self.compat else 4.0 * (min(CHUNK, length) * dim + 2 * r * dim)
-        return length * (near + 4.0 * r * dim)
+        if self.compat:
+            return 4.0 * length * r * dim
+        chunk = min(CHUNK, length)
+        return length * (4.0 * chunk * (dim + r * heads) + 12.0 * r * dim)
 
     def _empty(self, b, n, h):
         slots = jnp.zeros((b, n, self.landmarks, h), jnp.float32)
@@ -136,24 +141,20 @@ class Abc(PatternAttention):
         key, value = (jnp.where(valid[:, None, :, None], x, 0) for x in (key, value))
         key_logit, key_lse = _logits(params["control_key"], key, valid, slots.key_lse)
         value_logit, value_lse = _logits(params["control_value"], value, valid, slots.value_lse)
-        scores_bnij = scale * jnp.einsum("bnih,bnjh->bnij", query, key)
         if self.compat:
             own_bni = jnp.einsum("bnih,bnih->bni", query, key) * scale
             scores_bnir = jnp.exp(key_logit - key_lse) * own_bni[..., None]
             reads_bnir = jax.nn.softmax(scores_bnir) * jnp.exp(value_logit - value_lse)
             out_bnih = reads_bnir.sum(axis=-1, keepdims=True) * value
         else:
-            past = jnp.tril(jnp.ones(scores_bnij.shape[-2:], bool))[..., None]
-            near = lambda logit, lse: jnp.exp(
-                jnp.where(past, logit[:, :, None] - lse[:, :, :, None], EMPTY_LSE)
-            )  # [b,n,i,j,r], at most 1
-            scores_bnir = (scores_bnij[..., None] * near(key_logit, key_lse)).sum(axis=3)
+            products_bnij = jnp.tril(scale * jnp.einsum("bnih,bnjh->bnij", query, key))
             kept_bnir = jnp.exp(slots.key_lse[:, :, None] - key_lse)
             far_bnir = scale * jnp.einsum("bnih,bnrh->bnir", query, slots.key)
-            reads_bnir = jax.nn.softmax(scores_bnir + kept_bnir * far_bnir)
-            weights_bnij = (reads_bnir[:, :, :, None] * near(value_logit, value_lse)).sum(axis=-1)
+            near_bnir = _by_shares(_sum_over_tokens, products_bnij, key_logit, key_lse)
+            reads_bnir = jax.nn.softmax(near_bnir + kept_bnir * far_bnir)
+            weights_bnij = _by_shares(_sum_over_slots, reads_bnir, value_logit, value_lse)
             kept_bnir = jnp.exp(slots.value_lse[:, :, None] - value_lse)
-            out_bnih = jnp.einsum("bnij,bnjh->bnih", weights_bnij, value)
+            out_bnih = jnp.einsum("bnij,bnjh->bnih", jnp.tril(weights_bnij), value)
             out_bnih += jnp.einsum("bnir,bnrh->bnih", reads_bnir * kept_bnir, slots.value)
         slots = Slots(
             *_written(slots.key, slots.key_lse, key_logit, key_lse[:, :, -1], key),
@@ -168,6 +169,47 @@ def _logits(control_hr, x_bnjh, valid_bj, lse_bnr):
     logit_bnjr = jnp.where(valid_bj[:, None, :, None], logit_bnjr, EMPTY_LSE)
     local_bnjr = jax.lax.cumlogsumexp(logit_bnjr, axis=2)
     return logit_bnjr, jnp.logaddexp(local_bnjr, lse_bnr[:, :, None])
+
+
+def _by_shares(combine, x, logit_bnjr, lse_bnir):
+    """Combine x with the shares e^(logit_j - lse_i) of the tokens j of a chunk in the slots of i.
+
+    A share is the product of a factor of j and one of i, so that combining is a matrix product,
+    unless a token's logits exceed all before by so much that one of the factors overflows.
+    """
+    is_empty_bnir = lse_bnir < EMPTY_LSE / 2
+    top_bn1r = jnp.maximum(logit_bnjr.max(axis=2, keepdims=True), lse_bnir[:, :, :1])
+    top_bn1r = jax.lax.stop_gradient(top_bn1r)
+    rise_bnir = jnp.where(is_empty_bnir, 0, top_bn1r - lse_bnir)
+
+    def factored(x, logit_bnjr, lse_bnir):
+        of_i = jnp.exp(jnp.minimum(jnp.where(is_empty_bnir, 0, top_bn1r - lse_bnir), HIGHEST))
+        of_i = jnp.where(is_empty_bnir, 0, of_i)
+        return combine(x, of_i, jnp.exp(logit_bnjr - top_bn1r))
+
+    def apart(x, logit_bnjr, lse_bnir):
+        past = jnp.tril(jnp.ones((lse_bnir.shape[2], logit_bnjr.shape[2]), bool))[..., None]
+        difference = logit_bnjr[:, :, None] - lse_bnir[:, :, :, None]
+        shares = jnp.exp(jnp.where(past & ~is_empty_bnir[:, :, :, None], difference, EMPTY_LSE))
+        return combine(x, shares)
+
+    return jax.lax.cond(rise_bnir.max() < HIGHEST, factored, apart, x, logit_bnjr, lse_bnir)
+
+
+def _sum_over_tokens(x_bnij, *shares):
+    """Return sum_j x_ij share_ijr, for shares `[b,n,i,j,r]` or their factors."""
+    if len(shares) == 1:
+        return (x_bnij[..., None] * shares[0]).sum(axis=3)
+    of_bnir, of_bnjr = shares
+    return jnp.einsum("bnij,bnjr->bnir", x_bnij, of_bnjr) * of_bnir
+
+
+def _sum_over_slots(x_bnir, *shares):
+    """Return sum_r x_ir share_ijr, likewise."""
+    if len(shares) == 1:
+        return (x_bnir[:, :, :, None] * shares[0]).sum(axis=-1)
+    of_bnir, of_bnjr = shares
+    return jnp.einsum("bnir,bnjr->bnij", x_bnir * of_bnir, of_bnjr)
 
 
 def _written(slots_bnrh, old_lse_bnr, logit_bnjr, lse_bnr, x_bnjh):
