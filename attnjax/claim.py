@@ -40,7 +40,7 @@ class Arm:
         """
         recipe = recipe_lib.load(self.config)
         for path, value in {**self.overrides, "seed": seed}.items():
-            _override(recipe, path, value)
+            override(recipe, path, value)
         return recipe.validate()
 
 
@@ -200,7 +200,17 @@ def _evaluate(text, per_seed) -> list[float]:
     return [round(a - b, 6) for a, b in zip(first, rest[0], strict=True)]
 
 
-def _override(recipe, path, value):
+def override(recipe: recipe_lib.Recipe, path: str, value: Any) -> None:
+    """Set a field of a recipe.
+
+    Args:
+      recipe: is changed.
+      path: dotted, such as "optim.lr".
+      value: the new value.
+
+    Raises:
+      RecipeError: there is no such field.
+    """
     *parents, last = path.split(".")
     node = recipe
     for key in (*parents, last):

@@ -33,7 +33,7 @@ from attnjax.nn.text import HIDDEN, REMATS
 from attnjax.ops.efficient import PatternAttention
 from attnjax.registry import nearest
 from attnjax.typing import Array, Params
-from attnjax.weights.names import norm, rule, stacked
+from attnjax.weights.names import norm, rule, stacked, stacked_linear, stacked_norm
 
 HEADS = ("masked", "none")
 
@@ -307,11 +307,9 @@ def _names(prefix, dense, normal, bias):
         ("mlp/up", "intermediate.dense", "in"),
         ("mlp/down", "output.dense", "in"),
     ):
-        yield stacked(f"layers/{ours}/kernel", f"{layer}.{theirs}.weight", layout)
-        yield stacked(f"layers/{ours}/bias", f"{layer}.{theirs}.bias")
+        yield from stacked_linear(f"layers/{ours}", f"{layer}.{theirs}", layout)
     for ours, theirs in (("attention_norm", "attention.output"), ("mlp_norm", "output")):
-        yield stacked(f"layers/{ours}/scale", f"{layer}.{theirs}.LayerNorm.weight")
-        yield stacked(f"layers/{ours}/bias", f"{layer}.{theirs}.LayerNorm.bias")
+        yield from stacked_norm(f"layers/{ours}", f"{layer}.{theirs}.LayerNorm")
     for ours, theirs in (("pool", f"{prefix}pooler.dense"), ("masked/dense", dense)):
         yield rule(f"{ours}/kernel", f"{theirs}.weight", "in")
         yield rule(f"{ours}/bias", f"{theirs}.bias")

@@ -31,7 +31,7 @@ from attnjax.nn.text import REMATS, Kernel
 from attnjax.ops.efficient import PatternAttention, Stream
 from attnjax.registry import nearest
 from attnjax.typing import Array, Params
-from attnjax.weights.names import norm, rule, stacked
+from attnjax.weights.names import norm, rule, stacked, stacked_linear, stacked_norm
 
 EPSILON = 1e-5
 PADDING = 0
@@ -278,12 +278,10 @@ def _names():
         linear = [(f"{ours}/out", f"{theirs}.out_proj", "out") for ours, theirs in attentions]
         linear += [("mlp/up", "linear1", "in"), ("mlp/down", "linear2", "in")]
         for ours, theirs, layout in linear:
-            yield stacked(f"{stack}/{ours}/kernel", f"{layer}.{theirs}.weight", layout)
-            yield stacked(f"{stack}/{ours}/bias", f"{layer}.{theirs}.bias")
+            yield from stacked_linear(f"{stack}/{ours}", f"{layer}.{theirs}", layout)
         normal = [f"{ours}_norm" for ours, _ in attentions] + ["mlp_norm"]
         for number, ours in enumerate(normal, 1):
-            yield stacked(f"{stack}/{ours}/scale", f"{layer}.norm{number}.weight")
-            yield stacked(f"{stack}/{ours}/bias", f"{layer}.norm{number}.bias")
+            yield from stacked_norm(f"{stack}/{ours}", f"{layer}.norm{number}")
     yield rule("head/kernel", "head.weight", "in")
 
 

@@ -34,7 +34,7 @@ from attnjax.ops import mask as masks
 from attnjax.ops.efficient import PatternAttention, Stream
 from attnjax.registry import nearest
 from attnjax.typing import Array, Params
-from attnjax.weights.names import norm, rule, stacked
+from attnjax.weights.names import norm, rule, stacked, stacked_linear, stacked_norm
 
 # Table 2 of the report; heads and the vocabulary from the published configurations.
 _GPT2 = {"vocab_size": 50_257, "length": 1024}
@@ -241,11 +241,9 @@ def _names(prefix):
         ("mlp/up", "mlp.c_fc", "same"),
         ("mlp/down", "mlp.c_proj", "same"),
     ):
-        yield stacked(f"layers/{ours}/kernel", f"{layer}.{theirs}.weight", layout)
-        yield stacked(f"layers/{ours}/bias", f"{layer}.{theirs}.bias")
+        yield from stacked_linear(f"layers/{ours}", f"{layer}.{theirs}", layout)
     for ours, theirs in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
-        yield stacked(f"layers/{ours}/scale", f"{layer}.{theirs}.weight")
-        yield stacked(f"layers/{ours}/bias", f"{layer}.{theirs}.bias")
+        yield from stacked_norm(f"layers/{ours}", f"{layer}.{theirs}")
     yield from norm("norm", f"{prefix}ln_f")
 
 

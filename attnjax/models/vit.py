@@ -28,7 +28,7 @@ from attnjax.ops.efficient import PatternAttention
 from attnjax.parallel.constrain import constrain
 from attnjax.registry import nearest
 from attnjax.typing import Array
-from attnjax.weights.names import conv, linear, norm, rule, stacked
+from attnjax.weights.names import conv, linear, norm, rule, stacked, stacked_linear, stacked_norm
 
 POOLS = ("token", "mean")
 CHANNELS = 3
@@ -243,11 +243,9 @@ def _names():
         ("mlp/up", "mlp.fc1", "in"),
         ("mlp/down", "mlp.fc2", "in"),
     ):
-        yield stacked(f"layers/{ours}/kernel", f"blocks.{{}}.{theirs}.weight", layout)
-        yield stacked(f"layers/{ours}/bias", f"blocks.{{}}.{theirs}.bias")
+        yield from stacked_linear(f"layers/{ours}", f"blocks.{{}}.{theirs}", layout)
     for ours, theirs in (("attention_norm", "norm1"), ("mlp_norm", "norm2")):
-        yield stacked(f"layers/{ours}/scale", f"blocks.{{}}.{theirs}.weight")
-        yield stacked(f"layers/{ours}/bias", f"blocks.{{}}.{theirs}.bias")
+        yield from stacked_norm(f"layers/{ours}", f"blocks.{{}}.{theirs}")
     yield from norm("norm", "norm")
     yield from linear("head", "head")
 

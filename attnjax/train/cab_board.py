@@ -26,6 +26,7 @@ from attnjax import recipe as recipe_lib
 from attnjax.benchmarks import turns
 from attnjax.benchmarks.cab import correlation, efficiency, index
 from attnjax.benchmarks.cab.index import Metric
+from attnjax.claim import override
 from attnjax.data.iterator import eval_batches
 from attnjax.errors import Diverged
 from attnjax.metrics.state import compute, merge
@@ -143,14 +144,7 @@ class Cell:
         options = OPTIONS.get((self.attention, self.task.pattern), {})
         recipe.model[self.task.field] = {"name": self.attention, **options}
         for path, value in SCALES[self.scale].get(self.task.name, {}).items():
-            *parents, last = path.split(".")
-            node: Any = recipe
-            for parent in parents:
-                node = getattr(node, parent)
-            if isinstance(node, dict):
-                node[last] = value
-            else:
-                setattr(node, last, value)
+            override(recipe, path, value)
         recipe.checkpoint.every = recipe.steps
         recipe.report.tensorboard = False
         return recipe.validate()

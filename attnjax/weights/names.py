@@ -50,6 +50,22 @@ def stacked(params: str | Sequence[str], tensor: str, layout: str = "same") -> R
     return dataclasses.replace(rule(params, tensor, layout), is_stacked=True)
 
 
+def stacked_linear(params: str, tensor: str, layout: str = "in") -> tuple[Rule, Rule]:
+    """Relate kernels and biases with a leading axis of layers to one Linear layer per layer."""
+    return (
+        stacked(f"{params}/kernel", f"{tensor}.weight", layout),
+        stacked(f"{params}/bias", f"{tensor}.bias"),
+    )
+
+
+def stacked_norm(params: str, tensor: str) -> tuple[Rule, Rule]:
+    """Relate scales and biases with a leading axis of layers to one norm per layer."""
+    return (
+        stacked(f"{params}/scale", f"{tensor}.weight"),
+        stacked(f"{params}/bias", f"{tensor}.bias"),
+    )
+
+
 def linear(params: str, tensor: str) -> tuple[Rule, Rule]:
     """Relate a Dense layer to a Linear layer."""
     return (

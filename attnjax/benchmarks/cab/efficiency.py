@@ -183,16 +183,20 @@ def run(
     Returns:
       All rows, old and new.
     """
-    rows = turns.read(path, FIELDS)
-    known = {row_name(row) for row in rows}
-    for cells in series:
-        if missing := [cell for cell in cells if cell.name not in known]:
-            fresh = measure(missing, budget)
-            turns.append(path, FIELDS, fresh)
-            rows += fresh
-            shown = ", ".join(f"{r['length']}: {r['median_ms']} ms" for r in fresh)
-            say(f"{cells[0].attention} {cells[0].pattern}: {shown}")
-    return rows
+
+    def tell(cells, fresh):
+        shown = ", ".join(f"{row['length']}: {row['median_ms']} ms" for row in fresh)
+        say(f"{cells[0].attention} {cells[0].pattern}: {shown}")
+
+    return turns.resume(
+        [(cells, [cell.name for cell in cells]) for cells in series],
+        path,
+        FIELDS,
+        cell=lambda name, cells: name,
+        row_cell=row_name,
+        measure=lambda cells, missing: measure([c for c in cells if c.name in missing], budget),
+        tell=tell,
+    )
 
 
 def measure(cells: Sequence[Cell], budget: float) -> list[dict[str, Any]]:

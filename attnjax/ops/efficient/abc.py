@@ -182,18 +182,17 @@ def _by_shares(combine, x, logit_bnjr, lse_bnir):
     top_bn1r = jax.lax.stop_gradient(top_bn1r)
     rise_bnir = jnp.where(is_empty_bnir, 0, top_bn1r - lse_bnir)
 
-    def factored(x, logit_bnjr, lse_bnir):
-        of_i = jnp.exp(jnp.minimum(jnp.where(is_empty_bnir, 0, top_bn1r - lse_bnir), HIGHEST))
-        of_i = jnp.where(is_empty_bnir, 0, of_i)
-        return combine(x, of_i, jnp.exp(logit_bnjr - top_bn1r))
+    def factored():
+        of_bnir = jnp.where(is_empty_bnir, 0, jnp.exp(jnp.minimum(rise_bnir, HIGHEST)))
+        return combine(x, of_bnir, jnp.exp(logit_bnjr - top_bn1r))
 
-    def apart(x, logit_bnjr, lse_bnir):
+    def apart():
         past = jnp.tril(jnp.ones((lse_bnir.shape[2], logit_bnjr.shape[2]), bool))[..., None]
         difference = logit_bnjr[:, :, None] - lse_bnir[:, :, :, None]
         shares = jnp.exp(jnp.where(past & ~is_empty_bnir[:, :, :, None], difference, EMPTY_LSE))
         return combine(x, shares)
 
-    return jax.lax.cond(rise_bnir.max() < HIGHEST, factored, apart, x, logit_bnjr, lse_bnir)
+    return jax.lax.cond(rise_bnir.max() < HIGHEST, factored, apart)
 
 
 def _sum_over_tokens(x_bnij, *shares):

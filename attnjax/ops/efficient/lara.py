@@ -80,7 +80,7 @@ class Lara(PatternAttention):
             if self.is_antithetic:
                 noise_bcnh = jnp.concatenate([noise_bcnh, -noise_bcnh], axis=1)
                 mean_bcnh = jnp.concatenate([mean_bcnh, mean_bcnh], axis=1)
-                seen = seen if divided is None else _twice(divided, count)
+                seen = seen if divided is None else filled_segments(divided, count, copies=2)
             sample_bcnh = mean_bcnh + noise_bcnh
         dtype = query.dtype
         near = without_padding(masks.full(), key_valid)
@@ -115,9 +115,3 @@ def _halved(x_btnh):
     """Return |x|^2 / (2 sqrt(h)) `[b,n,t]` float32."""
     x_btnh = x_btnh.astype(jnp.float32)
     return jnp.swapaxes(jnp.sum(x_btnh * x_btnh, axis=-1), 1, 2) * (0.5 * x_btnh.shape[-1] ** -0.5)
-
-
-def _twice(valid_bt, count):
-    """Show the filled segments of both samples of each landmark."""
-    empty_b1 = count - valid_bt.sum(axis=1, keepdims=True)
-    return masks.array((jnp.arange(2 * count) % count >= empty_b1)[:, None, None, :])

@@ -174,18 +174,20 @@ def nystrom_attention(
     return jnp.where(is_few_b[:, None, None, None], exact_btnh, out_btnh)
 
 
-def filled_segments(valid: Array, segments: int) -> Mask:
+def filled_segments(valid: Array, segments: int, copies: int = 1) -> Mask:
     """Show the segments of `segment_means` that hold a token.
 
     Args:
       valid: bool `[b,t]`.
       segments: m.
+      copies: how often all segments follow each other.
 
     Returns:
-      A mask of `[b,1,1,m]`.
+      A mask of `[b,1,1,copies * m]`.
     """
     empty_b1 = segments - valid.sum(axis=1, keepdims=True)
-    return masks.array((jnp.arange(segments) >= empty_b1)[:, None, None, :])
+    number = np.tile(np.arange(segments), copies)
+    return masks.array((number >= empty_b1)[:, None, None, :])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
