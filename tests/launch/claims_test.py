@@ -68,7 +68,7 @@ def test_diverged_run_is_recorded_as_null(fake_runs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--system is missing; claims: crossvit"),
+        ((), "--system is missing; claims: cab, crossvit, long_context_bench"),
         (("--system=crossvitt",), "did you mean 'crossvit'"),
         (("--system=crossvit", "--seeds=-1"), "--seeds=-1"),
         (("--system=crossvit", "--out=/proc/none/results.jsonl"), "cannot be written"),
