@@ -2,8 +2,9 @@
 """Sequences that need one pattern of attention and whose answer is known.
 
 CAB (arXiv 2210.07661) names four patterns. `WindowPermutation` is for noncausal self-attention,
-`AssociativeRecall` for causal; cross-attention has `pairs.CopySort` (causal) and
-`series.SeasonalSeries`. The tasks are our design. Token 0 is padding everywhere.
+`AssociativeRecall` for causal; cross-attention has `pairs.CopySort` (causal), and
+`series.SeasonalSeries` and `series.LaggedSeries`. The tasks are our design. Token 0 is padding
+everywhere.
 """
 
 import numpy as np

@@ -220,9 +220,8 @@ class SeasonalSeries(Windows):
         rest[0] /= np.sqrt(1 - correlation**2)  # stationary from the first row on
         for t in range(1, rows):
             rest[t] += correlation * rest[t - 1]
-        times = np.datetime64("2016-07-01T00", "s") + np.arange(rows) * np.timedelta64(3600, "s")
         super().__init__(
-            season + rest, times, _share_bounds(rows), split, length, horizon, minutes=False
+            season + rest, _hours(rows), _share_bounds(rows), split, length, horizon, minutes=False
         )
         self._season, self._rest = season, rest
         self._correlation, self._noise = correlation, noise
@@ -246,6 +245,68 @@ class SeasonalSeries(Windows):
         steps = np.arange(1, self._horizon + 1)
         expected = self._season[now + steps]
         expected = expected + self._correlation ** steps[:, None] * self._rest[now]
+        return ((expected - self.mean) / self.scale).astype(np.float32)
+
+
+class LaggedSeries(Windows):
+    """Noise that comes again after a fixed lag: what is known of a step stands at one place.
+
+        y_t = r y_{t-P} + sqrt(1 - r^2) n_t,   n_t normal
+
+    A seasonal autoregression of variance 1. Steps less than P apart are independent, so that only
+    the value P steps before tells anything of a step of the future, and no forecast has a squared
+    error below 1 - r^2; one that does not look there has 1.
+
+    Args:
+      split: "train", "val" or "test": 70, 10 and 20 percent of one series.
+      seed: a different series for every value.
+      rows: hours of the series.
+      channels: c, independent series side by side.
+      length: rows of the past.
+      horizon: rows of the future.
+      lag: P, from `horizon` to `length`.
+      correlation: r, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        rows: int = 8_760,
+        channels: int = 2,
+        length: int = 32,
+        horizon: int = 8,
+        lag: int = 16,
+        correlation: float = 0.95,
+    ):
+        for name, value, fine in (
+            ("rows", rows, rows >= 10),
+            ("channels", channels, channels >= 1),
+            ("lag", lag, horizon <= lag <= length),
+            ("correlation", correlation, 0 <= correlation < 1),
+        ):
+            if not fine:
+                raise RecipeError(f"source.{name}={value!r} is out of range")
+        rng = np.random.default_rng(seed % 2**64)
+        values = rng.standard_normal((rows, channels))
+        values[lag:] *= np.sqrt(1 - correlation**2)
+        for t in range(lag, rows):
+            values[t] += correlation * values[t - lag]
+        super().__init__(
+            values, _hours(rows), _share_bounds(rows), split, length, horizon, minutes=False
+        )
+        self._lag, self._correlation = lag, correlation
+
+    @property
+    def floor(self) -> float:
+        """Expected squared error of the best forecast of standardised values."""
+        return float(np.mean((1 - self._correlation**2) / self.scale**2))
+
+    def best_forecast(self, index: int) -> np.ndarray:
+        """Return what is expected after a past, knowing the process: `[h,c]`, standardised."""
+        first = self._length - self._lag
+        past = self[index]["past"][first : first + self._horizon]
+        expected = self._correlation * (past * self.scale + self.mean)
         return ((expected - self.mean) / self.scale).astype(np.float32)
 
 
@@ -362,6 +423,10 @@ def split_bounds(
     if ends[-1] > rows:
         raise RecipeError(f"{path}: {rows} rows, the splits of {layout.file} need {ends[-1]}")
     return tuple(zip((0, *map(int, ends[:-1])), map(int, ends), strict=True))
+
+
+def _hours(rows):
+    return np.datetime64("2016-07-01T00", "s") + np.arange(rows) * np.timedelta64(3600, "s")
 
 
 def _share_bounds(rows):

@@ -90,6 +90,10 @@ TASKS = (
         {"test/mse": -1, "test/mae": -1},
     ),
     Task(
+        "noncausal_cross", "lag", "configs/cab/lagged_series.py", "cross_attention",
+        {"test/mse": -1, "test/mae": -1},
+    ),
+    Task(
         "causal_cross", "sorting", "configs/cab/copy_sort.py:sort", "cross_attention",
         {"test/accuracy": 1},
     ),
@@ -103,11 +107,12 @@ OPTIONS: dict[tuple[str, str], dict[str, int]] = {
 
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
-        "permutation": {"steps": 200},
-        "masked_language": {"steps": 150},
-        "super_resolution": {"steps": 100, "batch": 32, "task.sample_steps": 10},
-        "language": {"steps": 150},
+        "permutation": {"steps": 300},
+        "masked_language": {"steps": 100},
+        "super_resolution": {"steps": 60, "batch": 16, "task.sample_steps": 5},
+        "language": {"steps": 100},
         "forecasting": {"steps": 200},
+        "lag": {"steps": 300},
         "sorting": {"steps": 200},
     },
     "standard": {},

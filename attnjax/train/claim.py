@@ -46,8 +46,9 @@ def measure(
     start = time.monotonic()
     per_seed: dict[str, list[float]] = {name: [] for name in claim.arms}
     for seed in range(count):
+        known: dict[str, dict[str, float]] = {}
         for name, arm in claim.arms.items():
-            value = _measure_arm(arm, seed)
+            value = _measure_arm(arm, seed, known)
             per_seed[name].append(value)
             say(
                 f"{slug} seed {seed} {name}: {arm.metric} {value:.4f} "
@@ -81,12 +82,17 @@ def _strict(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _measure_arm(arm: claim_lib.Arm | claim_lib.Measurement, seed: int) -> float:
+def _measure_arm(arm, seed: int, known: dict[str, dict[str, float]]) -> float:
+    """Return an arm's number; arms that read several of one run find it in `known`."""
     if isinstance(arm, claim_lib.Measurement):
         return round(float(arm.make()(seed)), 6)
-    with tempfile.TemporaryDirectory(prefix="attnjax-claim-") as folder:
-        try:
-            result = run(arm.recipe(seed), pathlib.Path(folder) / "run")
-        except Diverged:
-            return float("nan")
-    return round(float(result.metrics[arm.metric]), 6)
+    recipe = arm.recipe(seed)
+    metrics = known.get(recipe.digest())
+    if metrics is None:
+        with tempfile.TemporaryDirectory(prefix="attnjax-claim-") as folder:
+            try:
+                metrics = run(recipe, pathlib.Path(folder) / "run").metrics
+            except Diverged:
+                metrics = {}
+        known[recipe.digest()] = metrics
+    return round(float(metrics[arm.metric]), 6) if metrics else math.nan

@@ -3,8 +3,8 @@
 
 The paper's figures need its data and machines. What they say of the attentions is measured on tasks
 that separate them for a known reason: a window must hold the answer; what lies behind all windows
-needs attention, or a state, that reaches the beginning; and in causal cross-attention few slots or
-random features stand for a source less exactly than softmax attention to all of it.
+needs attention, or a state, that reaches the beginning; and in both forms of cross-attention few
+slots or random features stand for a source less exactly than softmax attention to all of it.
 """
 
 from attnjax.claim import Arm, Claim, Condition
@@ -12,6 +12,7 @@ from attnjax.claim import Arm, Claim, Condition
 PERMUTATION = "configs/cab/window_permutation.py"
 RECALL = "configs/cab/associative_recall.py"
 COPY = "configs/cab/copy_sort.py:copy"
+LAG = "configs/cab/lagged_series.py"
 
 
 def get_claim() -> Claim:
@@ -27,11 +28,15 @@ def get_claim() -> Claim:
         f"copy_{name}": Arm(COPY, "test/accuracy", {"steps": 200, "model.cross_attention": name})
         for name in ("softmax", "abc", "performer")
     }
+    arms |= {
+        f"lag_{name}": Arm(LAG, "test/mse", {"model.cross_attention": name})
+        for name in ("softmax", "abc", "performer", "none")
+    }
     return Claim(
         statement="Local attention repeats tokens 8 places away if and only if its window holds "
         "them, and Performer does not; behind its window it knows nothing, where softmax, "
-        "long-short attention and S4D recall; copying a source, softmax attention leads ABC and "
-        "Performer of 16 slots and features.",
+        "long-short attention and S4D recall; copying a source, and forecasting a series from one "
+        "place of its past, softmax attention leads ABC and Performer of 16 slots and features.",
         baseline="The same model with a window one too small, with local attention, or with "
         "softmax attention to the source.",
         arms=arms,
@@ -45,6 +50,10 @@ def get_claim() -> Claim:
             Condition("recall_s4d - recall_local", ">=", 0.2),
             Condition("copy_softmax - copy_abc", ">=", 0.1),
             Condition("copy_softmax - copy_performer", ">=", 0.1),
+            Condition("lag_softmax", "<=", 0.25),
+            Condition("lag_none - lag_softmax", ">=", 0.6),
+            Condition("lag_abc - lag_softmax", ">=", 0.2),
+            Condition("lag_performer - lag_softmax", ">=", 0.2),
         ),
         effect="window_8 - window_7",
     )

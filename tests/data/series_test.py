@@ -119,6 +119,21 @@ def test_best_forecast_reaches_the_floor_and_others_do_not():
     assert np.var(source._values) == pytest.approx(1, rel=0.1)
 
 
+def test_what_is_known_of_a_lagged_series_stands_at_one_place():
+    source = series.LaggedSeries("test", rows=60_000, channels=1, correlation=0.5)
+    windows = [source[index] for index in range(0, len(source), 8)]
+    future = np.stack([window["future"] for window in windows])
+    error = future - np.stack([source.best_forecast(8 * i) for i in range(len(windows))])
+    assert source.floor == pytest.approx(0.75, rel=0.05)
+    assert np.mean(error**2) == pytest.approx(source.floor, rel=0.05)
+    past = np.stack([window["past"] for window in windows])[..., 0]
+    for step in (0, 7):
+        told = [np.corrcoef(future[:, step, 0], past[:, place])[0, 1] for place in range(32)]
+        np.testing.assert_allclose(told[16 + step], 0.5, atol=0.1)
+        others = np.delete(told, [step, 16 + step])  # `step` stands two lags before
+        np.testing.assert_allclose(others, 0, atol=0.1)
+
+
 def test_seasonal_splits_follow_each_other_and_seeds_differ():
     make = lambda split, seed=0: series.SeasonalSeries(
         split, seed, rows=200, length=10, horizon=5, channels=1
@@ -175,3 +190,6 @@ def test_wrong_arguments_are_refused(tmp_path, hourly):
     for arguments in (dict(correlation=1.0), dict(noise=0.0), dict(rows=1), dict(channels=0)):
         with pytest.raises(RecipeError, match="is out of range"):
             series.SeasonalSeries(**arguments)
+    for arguments in (dict(correlation=1.0), dict(lag=7), dict(lag=33), dict(rows=1)):
+        with pytest.raises(RecipeError, match="is out of range"):
+            series.LaggedSeries(**arguments)

@@ -251,7 +251,8 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
       Dicts of `attention`, `pattern`, `time_r2` and `memory_r2` (of a line), `time_slope` (of
       logarithms over the upper half of lengths), `crossover` and `memory_crossover` (efficiency
-      lengths against softmax attention of the same pattern; NaN for itself or without softmax).
+      lengths against softmax attention of the same pattern; NaN for itself or without softmax, and
+      where the fitted curves never meet), and `overtakes`, see there, or None.
     """
     series: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:
@@ -277,11 +278,13 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "time_slope": float(ratio),
             "crossover": math.nan,
             "memory_crossover": math.nan,
+            "overtakes": None,
         }
         if is_fair:
             record["crossover"], _ = efficiency_length(
                 lengths, of(softmax, "median_ms"), times, skip=1
             )
+            record["overtakes"] = overtakes(lengths, of(softmax, "median_ms"), times)
             record["memory_crossover"], _ = efficiency_length(
                 lengths, of(softmax, "temporary_bytes"), bytes_
             )
@@ -289,12 +292,26 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def overtakes(
+    lengths: Sequence[int], baseline: Sequence[float], times: Sequence[float]
+) -> tuple[float, float]:
+    """Return the measured lengths between which times fall below a baseline for good.
+
+    (0, first length) where they are below it everywhere, (last length, infinity) where they are not
+    below it at the end.
+    """
+    behind = [i for i, (b, t) in enumerate(zip(baseline, times, strict=True)) if t >= b]
+    last = behind[-1] if behind else -1
+    edges = [0.0, *map(float, lengths), math.inf]
+    return edges[last + 1], edges[last + 2]
+
+
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a text table: milliseconds by length, growth, crossover."""
+    """Return a text table: milliseconds by length, growth, fitted and measured crossover."""
     lengths = sorted({int(row["length"]) for row in rows})
     by_name = {row_name(row): row for row in rows}
     head = f"{'ms':32}" + "".join(f"{length:>10}" for length in lengths)
-    lines = [head + f"{'R2 time':>9}{'R2 mem':>8}{'slope':>7}{'crossover':>11}"]
+    lines = [head + f"{'R2 time':>9}{'R2 mem':>8}{'slope':>7}{'crossover':>11}{'measured':>13}"]
     for record in summarise(rows):
         cells = []
         for length in lengths:
@@ -306,9 +323,18 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             f"{record['attention'] + ' ' + record['pattern']:32}" + "".join(cells)
             + f"{record['time_r2']:9.4f}{record['memory_r2']:8.4f}{record['time_slope']:7.2f}"
-            + f"{shown:>11}"
+            + f"{shown:>11}{_between(record['overtakes']):>13}"
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def _between(lengths):
+    if lengths is None:
+        return "-"
+    low, high = lengths
+    if not low:
+        return f"<{high:.0f}"
+    return f">{low:.0f}" if math.isinf(high) else f"{low:.0f}-{high:.0f}"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> bool:

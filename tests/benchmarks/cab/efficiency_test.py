@@ -32,6 +32,17 @@ def test_fits_recover_what_made_the_costs():
         efficiency.fit((1, 2), (1.0, 2.0), 2)
 
 
+def test_the_length_from_which_a_method_stays_faster():
+    lengths, baseline = (1024, 2048, 4096), (1.0, 4.0, 16.0)
+    for times, expected in (
+        ((0.5, 1.0, 2.0), (0, 1024)),
+        ((2.0, 4.0, 8.0), (2048, 4096)),
+        ((0.5, 5.0, 8.0), (2048, 4096)),
+        ((2.0, 8.0, 32.0), (4096, math.inf)),
+    ):
+        assert efficiency.overtakes(lengths, baseline, times) == expected
+
+
 def test_a_series_is_measured_once(tmp_path):
     series = efficiency.grid("ladder_quick", "^(softmax|local)/causal_self/")
     assert [cells[0].attention for cells in series] == ["local", "softmax"]
