@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the launchers share: the `--config` flag and one-line errors with documented exit codes."""
 
+import ast
 import contextlib
 import json
 import logging
@@ -10,7 +11,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -56,6 +58,24 @@ def run(main: Callable[[], int | None]) -> None:
         _leave(code or 0)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `--set=NAME=VALUE` flags; what is no Python literal is text.
+
+    Raises:
+      RecipeError: one has no equals sign.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise RecipeError(f"--set={text}: expected name=value")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def _start_logging() -> None:
@@ -127,6 +147,21 @@ def _shut_down(jax) -> None:
 def say(line: str) -> None:
     """Tell about progress on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def recorded(workdir: str | None) -> recipe_lib.Recipe:
+    """Return the recipe of a run directory.
+
+    Raises:
+      RecipeError: there is none, or it cannot be read.
+    """
+    record = pathlib.Path(workdir or "") / "recipe.json"
+    if not workdir or not record.is_file():
+        raise RecipeError(f"give --config or a --workdir with recipe.json (got {record})")
+    try:
+        return recipe_lib.Recipe.from_json(record.read_text())
+    except (RecipeError, OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{record} cannot be read: {error}") from error
 
 
 def writable(out: str, name: str = "") -> pathlib.Path | None:

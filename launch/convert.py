@@ -6,8 +6,6 @@ The input is a safetensors file in any layout the system knows, or a PyTorch che
 with --allow_torch_pickle. The output is always a safetensors file.
 """
 
-import ast
-
 from absl import flags
 
 from attnjax.errors import RecipeError
@@ -38,7 +36,7 @@ def main() -> None:
     report = convert(
         SYSTEM.value,
         PRESET.value,
-        dict(_override(text) for text in SET.value),
+        command.settings(SET.value),
         source=INPUT.value,
         target=OUTPUT.value,
         layout=TO.value,
@@ -46,16 +44,6 @@ def main() -> None:
         allow_torch_pickle=PICKLE.value,
     )
     print(report)
-
-
-def _override(text):
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise RecipeError(f"--set={text}: expected name=value")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 if __name__ == "__main__":

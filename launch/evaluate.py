@@ -23,16 +23,8 @@ CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: le
 
 def main() -> None:
     recipe = CONFIG.value
-    from attnjax.recipe import Recipe
-
     if not recipe.model:
-        record = pathlib.Path(WORKDIR.value or "") / "recipe.json"
-        if not WORKDIR.value or not record.is_file():
-            raise RecipeError(f"give --config or a --workdir with recipe.json (got {record})")
-        try:
-            recipe = Recipe.from_json(record.read_text())
-        except (RecipeError, OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{record} cannot be read: {error}") from error
+        recipe = command.recorded(WORKDIR.value)
     elif not WORKDIR.value and not recipe.model.get("weights"):
         raise RecipeError("give a --workdir or --config.model.weights: new weights know nothing")
     recipe.validate()

@@ -124,6 +124,7 @@ def feature_attention(
     epsilon: float = 1e-8,
     floor: float = 0.0,
     chunk: int = 128,
+    is_normalized: bool = True,
 ) -> Array:
     """Attend with weights phi(q) . phi(k), normalised, in time and memory linear in t and s.
 
@@ -139,6 +140,7 @@ def feature_attention(
       epsilon: keeps the division finite.
       floor: smallest denominator.
       chunk: positions handled at once by the causal form.
+      is_normalized: divide by the sum of the weights; else the weights are used as they are.
 
     Returns:
       `[b, t, n, h]` float32.
@@ -156,11 +158,15 @@ def feature_attention(
     query_btnm, key_bsnm, value_bsnh = (
         x.astype(jnp.float32) for x in (query_features, key_features, value)
     )
+    divide = lambda out_btnh, total_btn: (
+        out_btnh / (jnp.maximum(total_btn, floor)[..., None] + epsilon)
+        if is_normalized
+        else out_btnh
+    )
     if not is_causal:
         summary_bnmh = jnp.einsum("bsnm,bsnh->bnmh", key_bsnm, value_bsnh)
         total_btn = jnp.einsum("btnm,bnm->btn", query_btnm, key_bsnm.sum(axis=1))
-        out_btnh = jnp.einsum("btnm,bnmh->btnh", query_btnm, summary_bnmh)
-        return out_btnh / (jnp.maximum(total_btn, floor)[..., None] + epsilon)
+        return divide(jnp.einsum("btnm,bnmh->btnh", query_btnm, summary_bnmh), total_btn)
     size = min(chunk, t)
     pad = ((0, 0), (0, -t % size), (0, 0), (0, 0))
     parts = [
@@ -181,7 +187,7 @@ def feature_attention(
             summary_bnmh + jnp.einsum("bsnm,bsnh->bnmh", key, value),
             total_bnm + key.sum(axis=1),
         )
-        return carry, out_btnh / (jnp.maximum(total_btn, floor)[..., None] + epsilon)
+        return carry, divide(out_btnh, total_btn)
 
     start = (jnp.zeros((b, n, m, h), jnp.float32), jnp.zeros((b, n, m), jnp.float32))
     _, out = jax.lax.scan(step, start, tuple(parts))

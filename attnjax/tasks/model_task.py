@@ -26,6 +26,8 @@ class ModelTask:
     model: Any
     targets: tuple[str, ...] = ()
     """Batch entries that `loss` reads besides the model's inputs."""
+    free_axes: Mapping[str, tuple[int, ...]] = {}
+    """Batch entry -> axes that may have another size in evaluation than in training."""
 
     def __init__(self, model: Any):
         """Bind a model: a Linen module with `example` and `flops`."""

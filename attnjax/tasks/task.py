@@ -28,6 +28,11 @@ class Task(Protocol):
         ...
 
     @property
+    def free_axes(self) -> Mapping[str, tuple[int, ...]]:
+        """Batch entry -> axes that may have another size in evaluation than in training."""
+        ...
+
+    @property
     def param_axes(self) -> Sequence[tuple[str, tuple[str | None, ...]]]:
         """Pairs of (regular expression on the parameter path, logical axis names)."""
         ...

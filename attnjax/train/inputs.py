@@ -62,12 +62,18 @@ def check_evals(program: Program) -> dict[str, int]:
 def check_batch(program: Program, rows: Batch, where: str, count: int) -> None:
     """Compare one process's rows with the training batch that the task expects.
 
+    Axes that the task names in `free_axes` may have any size in evaluation.
+
     Raises:
       RecipeError: names the array and both shapes or types.
     """
     program.task.check(rows)
     for name, expected in program.batch.items():
+        free = program.task.free_axes.get(name, ()) if where != "data" else ()
+        sizes = enumerate(rows[name].shape)
         shape = (count, *expected.shape[1:])
+        if rows[name].ndim == len(shape):
+            shape = tuple(size if axis in free else shape[axis] for axis, size in sizes)
         if tuple(rows[name].shape) != shape or rows[name].dtype != expected.dtype:
             raise RecipeError(
                 f"{where}: {name!r} is {rows[name].dtype}{list(rows[name].shape)}, but the model "

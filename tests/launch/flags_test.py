@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 # `config` stands for --config and its overrides. Think twice before adding one.
 FLAGS = {
+    "analyze": {"system", "measure", "set", "workdir", "out", "cpu_devices"},
     "train": {"config", "workdir", "dry_run", "resume", "coordinator", "process_count",
               "process_id", "cpu_devices", "hang_timeout"},
     "evaluate": {"config", "workdir", "averaged", "last", "cpu_devices"},

@@ -24,6 +24,7 @@ ALLOWED = {
     "catalog": {"errors", "recipe", "registry", "claim"},
     "ops": _GROUND,
     "benchmarks": _GROUND | {"ops", "parallel"},
+    "analysis": _GROUND | {"ops", "data"},
     "parallel": _GROUND | {"ops"},
     "nn": _GROUND | {"ops", "parallel"},
     "losses": _GROUND | {"ops"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "data": _GROUND,
     "weights": _GROUND,
     "models": _GROUND | {"ops", "parallel", "nn", "weights"},
-    "tasks": _GROUND | {"ops", "parallel", "nn", "models", "losses", "metrics"},
+    "tasks": _GROUND | {"ops", "parallel", "nn", "models", "losses", "metrics", "analysis"},
     "train": _GROUND
     | {"claim", "ops", "parallel", "nn", "models", "tasks", "losses", "metrics", "data", "weights"}
     | {"benchmarks"},
