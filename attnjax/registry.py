@@ -130,6 +130,7 @@ SOURCES = {
     "regression_prompts": "attnjax.data.regression:RegressionPrompts",
     "seasonal_series": "attnjax.data.series:SeasonalSeries",
     "series_file": "attnjax.data.series:SeriesFile",
+    "stdlib_source": "attnjax.data.text:StandardLibrarySource",
     "stdlib_text": "attnjax.data.text:StandardLibraryText",
     "synthetic_images": "attnjax.data.synthetic:SyntheticImages",
     "synthetic_speech": "attnjax.data.speech:SyntheticSpeech",

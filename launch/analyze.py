@@ -8,7 +8,6 @@ DIR gets NAME.json, .md, .csv, .npz and pictures; the report is printed.
 
 import importlib
 import inspect
-import pathlib
 
 from absl import flags
 
@@ -43,26 +42,17 @@ def main() -> None:
         raise RecipeError(f"--workdir is missing: measure {MEASURE.value} reads a trained network")
     path = command.writable(OUT.value, f"{MEASURE.value}.json")
     command.start_devices("", 0, -1, CPU_DEVICES.value)
-    report = measure(*(trained() if needs_run else ()), **options)
+    report = measure(*(of_run() if needs_run else ()), **options)
     report.write(path.parent, MEASURE.value)
     print(report.to_markdown())
 
 
-def trained():
+def of_run():
     """Return parameters and data source of the run."""
-    import dataclasses
-
     import jax
 
-    from attnjax.parallel import make_mesh
-    from attnjax.train.average import average_params
-    from attnjax.train.program import build
-
     recipe = command.recorded(WORKDIR.value)
-    program = build(recipe, make_mesh(dataclasses.asdict(recipe.mesh)))
-    with jax.set_mesh(program.mesh):
-        folder = pathlib.Path(WORKDIR.value) / "checkpoints"
-        params, _ = average_params(folder, program.state.params, 1, ("ema", "params"))
+    _, params, _ = command.trained(recipe, WORKDIR.value)
     return jax.device_get(params), recipe.data.source
 
 

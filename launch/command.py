@@ -164,6 +164,23 @@ def recorded(workdir: str | None) -> recipe_lib.Recipe:
         raise RecipeError(f"{record} cannot be read: {error}") from error
 
 
+def trained(recipe: recipe_lib.Recipe, workdir: str | pathlib.Path):
+    """Return model, parameters of the newest good checkpoint, and mesh of a run."""
+    import dataclasses
+
+    import jax
+
+    from attnjax.parallel import make_mesh
+    from attnjax.train.average import average_params
+    from attnjax.train.program import build
+
+    program = build(recipe, make_mesh(dataclasses.asdict(recipe.mesh)))
+    with jax.set_mesh(program.mesh):
+        folder = pathlib.Path(workdir) / "checkpoints"
+        params, _ = average_params(folder, program.state.params, 1, ("ema", "params"))
+    return program.task.model, params, program.mesh
+
+
 def writable(out: str, name: str = "") -> pathlib.Path | None:
     """Return a file of results after checking that it can be appended to.
 

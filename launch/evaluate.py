@@ -2,6 +2,7 @@
 """Evaluate a run's newest good checkpoint: python -m launch.evaluate --workdir=DIR
 
 The mean of its last five: python -m launch.evaluate --workdir=DIR --last=5
+Beside an n-gram of the same text: --ngram=5. Questions of multiple choice: --choices=FILE.jsonl
 Pretrained weights: python -m launch.evaluate --config=FILE --config.model.weights=X.safetensors
 The last line on stdout is a JSON object of metrics.
 """
@@ -18,6 +19,8 @@ CONFIG = command.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of a training run.")
 AVERAGED = flags.DEFINE_bool("averaged", True, "Use the moving average of parameters if kept.")
 LAST = flags.DEFINE_integer("last", 1, "Checkpoints of the run whose parameters are averaged.")
+NGRAM = flags.DEFINE_integer("ngram", 0, "Also evaluate an n-gram of this order; 0: none.")
+CHOICES = flags.DEFINE_string("choices", "", "Also answer these questions of multiple choice.")
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Virtual CPU devices; 0: leave as it is.")
 
 
@@ -56,6 +59,15 @@ def main() -> None:
         for name, evaluation in recipe.evals.items():
             values = scalars(evaluate(program, params, evaluation))
             results.update({f"{name}/{key}": value for key, value in values.items()})
+        if CHOICES.value:
+            from attnjax.train.language_scorer import answer
+
+            results |= answer(recipe, program.task.model, params, CHOICES.value)
+    if NGRAM.value:
+        from attnjax.train.text_baseline import ngram_bits
+
+        found = ngram_bits(recipe, NGRAM.value)
+        results |= {f"{name}/ngram_bits_per_token": bits for name, bits in found.items()}
     print(json.dumps(results))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text: a Markov source whose entropy is known, folders of files, the handbook of Python."""
+"""Text: a Markov source of known entropy, folders of files, Python's handbook and library."""
 
 import bisect
 import hashlib
@@ -7,6 +7,7 @@ import importlib
 import itertools
 import os
 import pathlib
+import sysconfig
 import zlib
 from collections.abc import Sequence
 
@@ -228,8 +229,62 @@ class StandardLibraryText(DocumentWindows):
         self._documents = [tokenizer.encode(text.encode()) for text in _handbook()[split]]
         super().__init__([len(tokens) for tokens in self._documents], length)
 
+    def documents(self) -> list[np.ndarray]:
+        """Return the tokens of every document."""
+        return self._documents
+
     def _read(self, number, offset, count):
         return self._documents[number][offset : offset + count]
+
+
+LIBRARY_PARTS = frozenset(
+    (
+        "encodings", "ensurepip", "idle_test", "idlelib", "lib2to3", "msilib", "pydoc_data",
+        "site-packages", "test", "tests", "turtledemo",
+    )
+)  # fmt: skip
+"""Folders of the standard library that hold tests, tables or what was installed."""
+
+
+class StandardLibrarySource(DocumentWindows):
+    """The source text of Python's standard library: about 8 million bytes on every machine.
+
+    Modules are the documents, in the order of their paths; which are held out, about a twentieth,
+    depends on the paths alone. The text differs between versions of Python.
+
+    Args:
+      split: "train" or "test".
+      length: bytes of a text.
+      reserved: tokens before those of the bytes: 0, or 4 for padding, beginning, end, mask.
+
+    Raises:
+      RecipeError: the split is unknown, or this Python comes without its source.
+    """
+
+    def __init__(self, split: str = "train", length: int = 256, reserved: int = 0):
+        if split not in _STREAMS:
+            raise RecipeError(f"source.split={split!r}: must be 'train' or 'test'")
+        self._tokenizer = make_tokenizer(BYTES, reserved)
+        self.vocab_size = self._tokenizer.vocab_size
+        root = pathlib.Path(sysconfig.get_path("stdlib"))
+        self._texts = []
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).parts
+            is_odd = LIBRARY_PARTS.intersection(parts) or parts[0].startswith("config-")
+            is_held_out = zlib.crc32("/".join(parts).encode()) % 20 == 0
+            if not is_odd and is_held_out == (split == "test"):
+                self._texts.append(path.read_bytes())
+        self._texts = [text for text in self._texts if text]
+        if not self._texts:
+            raise RecipeError(f"source stdlib_source: no source text in {root}")
+        super().__init__([len(text) for text in self._texts], length)
+
+    def documents(self) -> list[np.ndarray]:
+        """Return the tokens of every document."""
+        return [self._tokenizer.encode(text) for text in self._texts]
+
+    def _read(self, number, offset, count):
+        return self._tokenizer.encode(self._texts[number][offset : offset + count])
 
 
 def _open(file):

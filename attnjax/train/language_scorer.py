@@ -12,11 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.data.tokenizers import BEGIN, END, PADDING, Tokenizer
+from attnjax.benchmarks import multiple_choice
+from attnjax.data.tokenizers import (
+    BEGIN,
+    BYTES,
+    END,
+    PADDING,
+    RESERVED,
+    Tokenizer,
+    make_tokenizer,
+)
 from attnjax.errors import RecipeError
 from attnjax.losses.language import token_losses
 from attnjax.nn.generation import write
 from attnjax.parallel.constrain import constrain
+from attnjax.recipe import Recipe
 from attnjax.typing import Params
 
 
@@ -116,13 +126,16 @@ class LanguageScorer:
             found.append(-total)
         return found
 
-    def write(self, prompts: Sequence[str], tokens: int, until: Sequence[str] = ()) -> list[str]:
-        """Continue prompts greedily.
+    def write(
+        self, prompts: Sequence[str], tokens: int, until: Sequence[str] = (), **options: Any
+    ) -> list[str]:
+        """Continue prompts, greedily by default.
 
         Args:
           prompts: texts; cut at the left so that prompt and continuation fit.
           tokens: most tokens to write, below `length`.
           until: texts at which a continuation ends; they are left out.
+          **options: of `nn.generation.generate`, such as `temperature` and `key`.
 
         Raises:
           ValueError: no prompt would be left.
@@ -135,13 +148,53 @@ class LanguageScorer:
             text = [BEGIN, *self.tokenizer.encode(prompt.encode())][-room:]
             rows[row, : len(text)] = text
             lengths.append(len(text))
+        given = np.array(lengths)
         written = jax.device_get(
-            write(self.model, self.params, rows, tokens, lengths=np.array(lengths), end=END)
+            write(self.model, self.params, rows, tokens, lengths=given, end=END, **options)
         )
         found = [self.tokenizer.decode(row) for row in written]
         for stop in until:
             found = [text.partition(stop)[0] for text in found]
         return found
+
+
+def of_recipe(recipe: Recipe, model: Any, params: Params) -> LanguageScorer:
+    """Return the scorer of a recipe's network.
+
+    Args:
+      recipe: its data's source names the tokenizer ("bytes" if it does not) and reserves tokens.
+      model, params: the network.
+
+    Raises:
+      RecipeError: the tokens do not fit.
+    """
+    source = recipe.data.source
+    tokenizer = make_tokenizer(source.get("tokenizer", BYTES), source.get("reserved", RESERVED))
+    return LanguageScorer(model, params, tokenizer)
+
+
+def answer(recipe: Recipe, model: Any, params: Params, path: str) -> dict[str, float]:
+    """Answer questions of multiple choice with the network of a recipe.
+
+    Args:
+      recipe, model, params: see `of_recipe`.
+      path: see `benchmarks.multiple_choice`.
+
+    Returns:
+      `choices/accuracy` and `choices/accuracy_per_byte` with their standard errors, and
+      `choices/chance`.
+
+    Raises:
+      RecipeError: the file is faulty, or the tokens do not fit.
+    """
+    records, found = multiple_choice.load(path), {}
+    scorer = of_recipe(recipe, model, params)
+    for suffix, per_byte in (("", False), ("_per_byte", True)):
+        predictions = multiple_choice.predict(records, scorer, per_byte=per_byte)
+        scores = multiple_choice.score(predictions, records)
+        found[f"choices/accuracy{suffix}"] = scores.accuracy
+        found[f"choices/error{suffix}"] = scores.error
+    return found | {"choices/chance": scores.chance}
 
 
 def harness_model(scorer: LanguageScorer) -> Any:

@@ -6,7 +6,12 @@ import pytest
 
 from attnjax import data, recipe
 from attnjax.data import BadRecord
-from attnjax.data.text import MarkovText, StandardLibraryText, TextFiles
+from attnjax.data.text import (
+    MarkovText,
+    StandardLibrarySource,
+    StandardLibraryText,
+    TextFiles,
+)
 from attnjax.errors import RecipeError
 
 
@@ -133,3 +138,19 @@ def test_the_handbook_of_python_is_english_and_held_out_by_topic():
     np.testing.assert_array_equal(shifted[7]["tokens"], train[7]["tokens"] + 4)
     with pytest.raises(RecipeError, match="split='dev'"):
         StandardLibraryText("dev")
+
+
+def test_library_source_is_held_out_by_module():
+    train, test = StandardLibrarySource(length=4096), StandardLibrarySource("test", length=4096)
+    sizes = [sum(map(len, source.documents())) for source in (train, test)]
+    assert sizes[0] > 4_000_000 and 0.02 < sizes[1] / sizes[0] < 0.12
+    texts = [
+        {bytes(document.astype(np.uint8)) for document in s.documents()} for s in (train, test)
+    ]
+    assert len(texts[0] & texts[1]) <= 2  # modules of a few lines may be alike
+    first = train[0]
+    assert first["tokens"].shape == (4096,) and first["segments"].min() >= 1
+    own = first["tokens"][first["segments"] == 1]
+    np.testing.assert_array_equal(own, train.documents()[0][:4096])
+    with pytest.raises(RecipeError, match=r"source\.split='dev'"):
+        StandardLibrarySource("dev")
