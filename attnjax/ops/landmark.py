@@ -39,7 +39,8 @@ def landmark_attention(
     softcap: float | None = None,
     group_dropout_rate: float = 0.0,
     group_dropout_key: PRNGKey | None = None,
-) -> Array:
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
     """Attend causally through landmarks; queries are the last t of the s keys.
 
     Args:
@@ -55,16 +56,20 @@ def landmark_attention(
       softcap: see `attention`.
       group_dropout_rate: probability that a query's gate to an earlier block is dropped, in [0, 1).
       group_dropout_key: typed key, needed when the rate is not 0. Both forms drop the same gates.
+      return_lse: also return the log-sum-exp of the own block's scores and the earlier landmarks',
+        float32 `[b,n,t]`, to merge with other blocks; with `block` only.
 
     Returns:
-      `[b,t,n,hv]` in the dtype of the query. Zero where a query sees nothing, as the first landmark
-      of a tape may.
+      `[b,t,n,hv]` in the dtype of the query, and the log-sum-exp if asked for. Zero where a query
+      sees nothing, as the first landmark of a tape may.
 
     Raises:
       ValueError: landmarks are given twice or not at all, or shapes do not fit.
     """
     if (is_landmark is None) == (block is None):
         raise ValueError("give either is_landmark or block")
+    if return_lse and block is None:
+        raise ValueError("return_lse: only the form with regular blocks has it")
     if block is None:
         normalizer = Grouped(
             is_landmark if isinstance(is_landmark, np.ndarray) else jnp.asarray(is_landmark),
@@ -88,7 +93,7 @@ def landmark_attention(
     s, k = key.shape[1:3]
     if t > s or n % k or key.shape[:3] != value.shape[:3] or key.shape[::3] != (b, h):
         raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape} do not fit")
-    return _by_block(
+    out, lse = _by_block(
         query,
         key,
         value,
@@ -99,6 +104,7 @@ def landmark_attention(
         rate=group_dropout_rate,
         seed=dropout_seed(group_dropout_key) if group_dropout_rate else None,
     )
+    return (out, lse) if return_lse else out
 
 
 def _causal(mask):
@@ -148,5 +154,5 @@ def _by_block(query, key, value, *, block, mask, scale, softcap, rate, seed):
         return merge_partials([merged, (out_btnh, logit_bnt)]), None
 
     start = (jnp.zeros((b, t, n, hv), wide), jnp.full((b, n, t), EMPTY_LSE, wide))
-    (out_btnh, _), _ = jax.lax.scan(step, start, jnp.arange(count))
-    return out_btnh.astype(query.dtype)
+    (out_btnh, lse_bnt), _ = jax.lax.scan(step, start, jnp.arange(count))
+    return out_btnh.astype(query.dtype), lse_bnt

@@ -76,4 +76,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         return jax.sharding.Mesh(grid, AXES, axis_types=types)
     if len(devices) == 1:
         return jax.sharding.Mesh(np.array(devices).reshape(1, 1, 1, 1), AXES, axis_types=types)
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # Axes that are no products of the torus's own (2 of 8x8x8) share one of them.
+        grid = mesh_utils.create_device_mesh(
+            tuple(shape.values()), devices, allow_split_physical_axes=True
+        )
+        return jax.sharding.Mesh(grid, AXES, axis_types=types)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from attnjax.data import throughput as data_throughput
+from attnjax.nn.generation import write
 from attnjax.parallel import make_mesh
 from attnjax.recipe import Recipe
 from attnjax.timing import alternate
@@ -30,9 +31,10 @@ def measure(
 
     Returns:
       A JSON-ready dict: `device`, `batch`, `parameters`, `compile_seconds`, and for each of
-      `forward`, `step` the median seconds and examples per second of ours and of the peer, and
-      `ratio`, the peer's time over ours (above 1: we are faster); `data` with examples per second,
-      and `data_ratio`, how many times faster data is made than consumed.
+      `forward`, `step` and, with a decoder, `decode` (`peers.DECODED` tokens) the median seconds
+      and examples per second of ours and of the peer, and `ratio`, the peer's time over ours (above
+      1: we are faster); `data` with examples per second, and `data_ratio`, how many times faster
+      data is made than consumed.
 
     Raises:
       RecipeError: the recipe does not fit the devices or the data, or the peer is missing.
@@ -52,7 +54,7 @@ def measure(
     }
     with jax.set_mesh(mesh):
         ours = _ours(program, record)
-        for name in ("forward", "step"):
+        for name in ours:
             contestants = {"ours": ours[name]}
             if rival:
                 contestants["peer"] = getattr(rival, name)
@@ -73,14 +75,17 @@ def measure(
 
 def _ours(program, record):
     """Compile forward pass and step on a fixed random batch; note the compile times."""
-    rng = np.random.default_rng(0)
-    classes = program.task.model.num_classes
+    rng, model = np.random.default_rng(0), program.task.model
+    classes = getattr(model, "num_classes", getattr(model, "vocab_size", 2))
     batch = {
-        name: rng.integers(0, classes, x.shape).astype(x.dtype)
+        name: np.ones(x.shape, x.dtype)
+        if name == "segments"
+        else rng.integers(0, classes, x.shape).astype(x.dtype)
         if np.issubdtype(x.dtype, np.integer)
         else rng.standard_normal(x.shape).astype(x.dtype)
         for name, x in program.batch.items()
     }
+    prompt = batch["tokens"][:, : peers.PROMPT] if hasattr(model, "empty_cache") else None
     batch = program.to_device(batch)
     state = program.init()
     predict = jax.jit(program.task.predict)
@@ -104,7 +109,14 @@ def _ours(program, record):
         holder[0], metrics = step(holder[0], batch)
         return jax.block_until_ready(metrics["loss"])
 
-    return {"forward": lambda: jax.block_until_ready(forward(params, batch)), "step": run_step}
+    runs = {"forward": lambda: jax.block_until_ready(forward(params, batch)), "step": run_step}
+    if prompt is not None:
+        decode = jax.jit(lambda params, prompt: write(model, params, prompt, peers.DECODED))
+        begun = time.perf_counter()
+        decode = decode.lower(params, prompt).compile()
+        record["compile_seconds"]["decode"] = round(time.perf_counter() - begun, 1)
+        runs["decode"] = lambda: jax.block_until_ready(decode(params, prompt))
+    return runs
 
 
 def render(record: dict[str, Any]) -> str:
@@ -116,7 +128,7 @@ def render(record: dict[str, Any]) -> str:
         f"{'':10}{'ours ms':>10}{'20-80 %':>18}{'ex/s':>9}{'peer ms':>10}{'20-80 %':>18}"
         f"{'peer/ours':>11}",
     ]
-    for name in ("forward", "step"):
+    for name in (n for n in ("forward", "step", "decode") if n in record):
         row = record[name]
         cells = [f"{name:10}"]
         for who in ("ours", "peer"):
@@ -134,6 +146,6 @@ def render(record: dict[str, Any]) -> str:
             f"data      {record['data']['examples_per_second']:.0f} examples/s alone, "
             f"{record['data_ratio']:.1f} x what the step consumes"
         )
-    compiled = record["compile_seconds"]
-    lines.append(f"compiled in {compiled['forward']} s (forward), {compiled['step']} s (step)")
+    compiled = (f"{seconds} s ({name})" for name, seconds in record["compile_seconds"].items())
+    lines.append(f"compiled in {', '.join(compiled)}")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """launch.claims refuses early, records what it measured, and says so with its exit code."""
 
+import dataclasses
 import json
 import shutil
 import types
@@ -20,7 +21,7 @@ def tiny_claim(threshold):
     return Claim(
         statement="two steps are enough",
         baseline="chance",
-        arms={"two": arm, "again": arm},
+        arms={"two": arm, "again": dataclasses.replace(arm, overrides={**overrides, "batch": 16})},
         conditions=(Condition("two", ">=", threshold),),
         effect="two - again",
         seeds=2,
@@ -57,6 +58,16 @@ def test_record_has_every_field(fake_runs):
     json.loads(json.dumps(record, allow_nan=False))
 
 
+def test_arms_of_one_recipe_share_its_run(fake_runs, monkeypatch):
+    claim = tiny_claim(0.9)
+    claim = dataclasses.replace(claim, arms={**claim.arms, "same": claim.arms["two"]})
+    monkeypatch.setattr(claim_lib, "load", lambda slug: claim)
+    fake_runs += [0.95, 0.5]
+    record = measurement.measure("crossvit", seeds=1)
+    assert record["per_seed"] == {"two": [0.95], "again": [0.5], "same": [0.95]}
+    assert not fake_runs
+
+
 def test_diverged_run_is_recorded_as_null(fake_runs):
     fake_runs += [None, 0.5]
     record = measurement.measure("crossvit", seeds=1)
@@ -68,7 +79,7 @@ def test_diverged_run_is_recorded_as_null(fake_runs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--system is missing; claims: cab, crossvit, long_context_bench"),
+        ((), "--system is missing; claims: cab, crossvit, "),
         (("--system=crossvitt",), "did you mean 'crossvit'"),
         (("--system=crossvit", "--seeds=-1"), "--seeds=-1"),
         (("--system=crossvit", "--out=/proc/none/results.jsonl"), "cannot be written"),

@@ -198,8 +198,8 @@ def test_models_that_are_no_language_models_are_refused():
 @pytest.mark.parametrize(
     "path",
     [
-        "configs/decoder_lm/markov.py",
-        "configs/decoder_lm/seven_b_million.py:usp",
+        "configs/decoder/smoke.py",
+        "configs/decoder/seven_b_million.py:usp",
         "configs/unified_long_sequence/million.py",
     ],
 )

@@ -4,7 +4,7 @@
 Every letter depends on the two before it: the entropy rate is 1.206 nats, and 1.922 is the best
 that a model can do which looks at one letter, without attention.
 
-Run:     python -m launch.train --config=configs/decoder_lm/markov.py --workdir=runs/decoder-markov
+Run:     python -m launch.train --config=configs/decoder/smoke.py --workdir=runs/decoder-smoke
 Data:    generated, no network
 Cost:    about a minute on two CPU cores
 Expect:  test/loss below 1.27

@@ -5,8 +5,8 @@ Width 4096, 32 layers of 32 heads, hidden width 11,008, vocabulary 32,000; batch
 optimiser state are divided over the same axis as the tokens. Variants: ring (keys and values travel
 round the ring) and usp (heads are exchanged among neighbours, keys and values between groups).
 
-Run:     python -m launch.train --config=configs/decoder_lm/seven_b_million.py:ring --workdir=DIR
-Compile: python -m launch.compile --config=configs/decoder_lm/seven_b_million.py:ring
+Run:     python -m launch.train --config=configs/decoder/seven_b_million.py:ring --workdir=DIR
+Compile: python -m launch.compile --config=configs/decoder/seven_b_million.py:ring
          --topology=v5p:4x4x4
 Data:    generated, no network
 Cost:    64 TPU v5p chips        Expect: compiles; below 95 GiB per device

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Landmark attention over a cache of blocks, of which every query retrieves a few.
+
+Mohtashami and Jaggi, "Landmark Attention", arXiv 2305.16300, Section 3.2. For tokens of a chunk,
+
+    choose   the k cached blocks with the highest softmax over cached landmarks, by token, by head,
+             or by both
+    attend   to softmax over {own tokens, landmarks of local blocks, landmarks of chosen blocks},
+             the value of a landmark being attention inside its block
+
+Keys are kept as they were before rotation: a block stands at another place whenever it is looked
+at, see `ops.landmark_tape`. Which blocks are chosen has no gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.ops.landmark import landmark_attention
+from attnjax.ops.landmark_tape import cached_slots, chunk_start, retrieved_slots
+from attnjax.ops.merge import merge_partials
+from attnjax.ops.normalizer import softmax
+from attnjax.typing import Array
+
+RETRIEVALS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
+"""Blocks for every token and head; for every token; or for every head of a chunk."""
+
+Rotate = Callable[[Array, Array], Array]
+"""(x `[b,t,n,h]`, positions `[b,t]`) -> x turned."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockCache:
+    """A ring of complete blocks and the last, incomplete one.
+
+    Attributes:
+      key: `[b, capacity, l + 1, k, h]`, not rotated; the last slot of a block is its landmark.
+      value: `[b, capacity, l + 1, k, hv]`.
+      count: int32 scalar, blocks that were ever added; block i lies at i modulo capacity.
+      tail_key: `[b, r, k, h]`, the incomplete block, r <= l.
+      tail_value: `[b, r, k, hv]`.
+    """
+
+    key: Array
+    value: Array
+    count: Array
+    tail_key: Array
+    tail_value: Array
+
+    @classmethod
+    def empty(
+        cls, batch: int, capacity: int, block: int, heads: int, width: int, *,
+        value_width: int | None = None, dtype: object = jnp.float32,
+    ) -> "BlockCache":  # fmt: skip
+        """Return a cache without tokens.
+
+        Args:
+          batch: b.
+          capacity: most blocks that are kept, the latest ones.
+          block: l + 1, slots of a block.
+          heads, width: key/value heads k and their width h.
+          value_width: hv; h if None.
+          dtype: of the storage.
+
+        Raises:
+          ValueError: a size is not positive, or a block has no normal token.
+        """
+        sizes = {"batch": batch, "capacity": capacity, "heads": heads, "width": width}
+        for name, size in (*sizes.items(), ("block - 1", block - 1)):
+            if size < 1:
+                raise ValueError(f"{name}={size}: must be at least 1")
+        wide = width if value_width is None else value_width
+        zeros = lambda *shape: jnp.zeros((batch, *shape), dtype)
+        return cls(
+            key=zeros(capacity, block, heads, width),
+            value=zeros(capacity, block, heads, wide),
+            count=jnp.zeros((), jnp.int32),
+            tail_key=zeros(0, heads, width),
+            tail_value=zeros(0, heads, wide),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Most blocks that are kept."""
+        return self.key.shape[1]
+
+    @property
+    def block(self) -> int:
+        """l + 1, slots of a block."""
+        return self.key.shape[2]
+
+    @property
+    def phase(self) -> int:
+        """Slots of the incomplete block."""
+        return self.tail_key.shape[1]
+
+    @property
+    def cached(self) -> Array:
+        """Blocks that are kept, int32 scalar."""
+        return jnp.minimum(self.count, self.capacity)
+
+    def ages(self) -> tuple[Array, Array]:
+        """Return the age of the block at every place, 0 for the latest, and whether there is one.
+
+        Returns:
+          int32 and bool `[capacity]`.
+        """
+        place = jnp.arange(self.capacity)
+        age = (self.count - 1 - place) % self.capacity
+        return age, age < self.cached
+
+    def append(self, key: Array, value: Array) -> Self:
+        """Add slots of a tape; blocks that become complete push out the oldest ones.
+
+        Args:
+          key: `[b, m, k, h]`, not rotated, landmarks in their slots.
+          value: `[b, m, k, hv]`.
+        """
+        key = jnp.concatenate([self.tail_key, key.astype(self.tail_key.dtype)], axis=1)
+        value = jnp.concatenate([self.tail_value, value.astype(self.tail_value.dtype)], axis=1)
+        full, cut = divmod(key.shape[1], self.block)
+        end = full * self.block
+        kept = min(full, self.capacity)
+        place = (self.count + full - kept + jnp.arange(kept)) % self.capacity
+        cut = lambda x: x[:, end - kept * self.block : end].reshape(
+            x.shape[0], kept, self.block, *x.shape[2:]
+        )
+        return dataclasses.replace(
+            self,
+            key=self.key.at[:, place].set(cut(key)),
+            value=self.value.at[:, place].set(cut(value)),
+            count=self.count + full,
+            tail_key=key[:, end:],
+            tail_value=value[:, end:],
+        )
+
+
+def choose_blocks(
+    query: Array,
+    landmarks: Array,
+    ages: Array,
+    valid: Array,
+    *,
+    top_k: int,
+    block: int,
+    retrieval: str,
+    rotate: Rotate,
+    scale: float,
+) -> tuple[Array, Array]:
+    """Choose the cached blocks that the tokens of a chunk attend to.
+
+    Args:
+      query: `[b,m,n,h]`, rotated.
+      landmarks: `[b,c,k,h]`, keys of the landmarks of c cached blocks, not rotated.
+      ages: int `[c]`, 0 for the latest block.
+      valid: bool `[c]`, whether there is a block.
+      top_k: k, how many are chosen; clamped to c.
+      block: l + 1, slots of a block.
+      retrieval: member of `RETRIEVALS`.
+      rotate: turns keys to their positions.
+      scale: factor of the scores.
+
+    Returns:
+      Places among the c `[b, n|1, m|1, k]` int32, oldest block first, and whether each holds a
+      block, bool of the same shape; those that do not come last.
+
+    Raises:
+      ValueError: there is no such retrieval.
+    """
+    if retrieval not in RETRIEVALS:
+        raise ValueError(f"retrieval={retrieval!r}: must be one of {', '.join(RETRIEVALS)}")
+    (b, m, n, h), (c, k) = query.shape, landmarks.shape[1:3]
+    positions_c = cached_slots(ages, valid.sum(), top_k) * block + block - 1
+    key_bckh = rotate(landmarks, jnp.broadcast_to(positions_c, (b, c)))
+    scores_bnmc = scale * jnp.einsum(
+        "bmkgh,bckh->bkgmc", query.reshape(b, m, k, n // k, h), key_bckh,
+        preferred_element_type=jnp.float32,
+    ).reshape(b, n, m, c)  # fmt: skip
+    share_bnmc, _ = softmax(jax.lax.stop_gradient(scores_bnmc), valid)
+    share_bnmc = jnp.where(valid, share_bnmc, -1.0)
+    if retrieval == "max_over_heads":
+        share_bnmc = share_bnmc.max(axis=1, keepdims=True)
+    if retrieval == "max_over_tokens":
+        share_bnmc = share_bnmc.max(axis=2, keepdims=True)
+    share, place = jax.lax.top_k(share_bnmc, min(top_k, c))
+    is_block = share >= 0
+    # Oldest first; what is no block goes to the end.
+    order = jnp.argsort(jnp.where(is_block, -ages[place], 1), axis=-1, stable=True)
+    take = lambda x: jnp.take_along_axis(x, order, axis=-1)
+    return take(place).astype(jnp.int32), take(is_block)
+
+
+def attend_blocks(
+    query: Array,
+    key: Array,
+    value: Array,
+    slots: Array,
+    valid: Array,
+    *,
+    rotate: Rotate,
+    scale: float,
+) -> tuple[Array, Array]:
+    """Attend to retrieved blocks through their landmarks.
+
+    Args:
+      query: `[b,m,n,h]`, rotated.
+      key: `[b, n, m|1, k, l + 1, h]`, blocks for every head and token, not rotated.
+      value: `[b, n, m|1, k, l + 1, hv]`.
+      slots: int `[b, n|1, m|1, k]`, where they stand, counted in blocks.
+      valid: bool, likewise, whether there is a block.
+      rotate: turns keys to their positions.
+      scale: factor of the scores.
+
+    Returns:
+      `out [b,m,n,hv]` float32 and log-sum-exp of the landmarks' scores `[b,n,m]`, to be merged with
+      local attention.
+    """
+    b, n, w, k, block, h = key.shape
+    position = slots[..., None] * block + jnp.arange(block)
+    position = jnp.broadcast_to(position, (b, n, w, k, block)).reshape(b * n * w, k * block)
+    key = rotate(key.reshape(b * n * w, k * block, 1, h), position).reshape(key.shape)
+    form = "bmnh,bnmkph->bnmkp" if w > 1 or query.shape[1] == 1 else "bmnh,bnkph->bnmkp"
+    pick = (lambda x: x) if "bnmkph" in form else (lambda x: x[:, :, 0])
+    scores_bnmkp = scale * jnp.einsum(form, query, pick(key), preferred_element_type=jnp.float32)
+    weights, _ = softmax(scores_bnmkp[..., :-1])
+    gate, lse_bnm = softmax(jnp.where(valid, scores_bnmkp[..., -1], -jnp.inf))
+    weights = weights * gate[..., None]
+    form = "bnmkp,bnmkph->bmnh" if "bnmkph" in form else "bnmkp,bnkph->bmnh"
+    out_bmnh = jnp.einsum(form, weights, pick(value)[..., :-1, :].astype(jnp.float32))
+    return out_bmnh, lse_bnm
+
+
+def attend_local(
+    query: Array, key: Array, value: Array, *, block: int, scale: float
+) -> tuple[Array, Array]:
+    """Attend to the incomplete block and the chunk, both rotated: `landmark_attention` with lse."""
+    out, lse = landmark_attention(query, key, value, block=block, scale=scale, return_lse=True)
+    return out.astype(jnp.float32), lse
+
+
+def read_chunk(
+    query: Array,
+    key: Array,
+    value: Array,
+    cache: BlockCache,
+    *,
+    top_k: int,
+    retrieval: str = "per_token_and_head",
+    rotate: Rotate,
+    scale: float | None = None,
+) -> tuple[Array, BlockCache]:
+    """Attend from a chunk of a tape to retrieved blocks and to itself, and remember it.
+
+    Args:
+      query: `[b,m,n,h]`, not rotated, landmarks in their slots; the tape goes on where the cache
+        ended.
+      key: `[b,m,k,h]`, not rotated.
+      value: `[b,m,k,hv]`.
+      cache: what was read before.
+      top_k: blocks that are retrieved; 0: none.
+      retrieval: member of `RETRIEVALS`.
+      rotate: turns queries and keys to positions `[b,t]`.
+      scale: factor of the scores; `h ** -0.5` if None.
+
+    Returns:
+      `[b,m,n,hv]` in the dtype of the query, and the cache afterwards.
+
+    Raises:
+      ValueError: a number or name is out of range.
+    """
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k}: must be at least 0")
+    (b, _, n, h), heads = query.shape, key.shape[2]
+    scale = h**-0.5 if scale is None else scale
+    local_key = jnp.concatenate([cache.tail_key.astype(key.dtype), key], axis=1)
+    local_value = jnp.concatenate([cache.tail_value.astype(value.dtype), value], axis=1)
+    start = chunk_start(cache.cached, top_k, cache.block)
+    positions = jnp.broadcast_to(start + jnp.arange(local_key.shape[1]), (b, local_key.shape[1]))
+    turned = rotate(query, positions[:, cache.phase :])
+    parts = [
+        attend_local(
+            turned, rotate(local_key, positions), local_value, block=cache.block, scale=scale
+        )
+    ]
+    if top_k:
+        ages, valid = cache.ages()
+        place, is_block = choose_blocks(
+            turned, cache.key[:, :, -1].astype(query.dtype), ages, valid,
+            top_k=top_k, block=cache.block, retrieval=retrieval, rotate=rotate, scale=scale,
+        )  # fmt: skip
+        slots = retrieved_slots(ages[place], cache.cached, top_k)
+        gather = lambda x: _gather(x, place, n // heads, n)
+        parts.append(
+            attend_blocks(
+                turned, gather(cache.key).astype(query.dtype), gather(cache.value), slots, is_block,
+                rotate=rotate, scale=scale,
+            )
+        )  # fmt: skip
+    out, _ = merge_partials(parts)
+    return out.astype(query.dtype), cache.append(key, value)
+
+
+def _gather(blocks, place, group, n):
+    """Pick `[b, n, m|1, k, l + 1, h]` of `blocks [b, c, l + 1, heads, h]` by `place`."""
+    b = blocks.shape[0]
+    place = jnp.broadcast_to(place, (b, n, *place.shape[2:]))
+    head = (jnp.arange(n) // group)[:, None, None]
+    return blocks[jnp.arange(b)[:, None, None, None], place, :, head[None]]
+
+
+class HostBlocks:
+    """Blocks in the memory of the host; devices keep only the landmarks' keys.
+
+    For "max_over_tokens", where a chunk needs k blocks per head and no more. A plain driver: call
+    `read` chunk by chunk, outside jit. What it computes is what `read_chunk` computes.
+    """
+
+    def __init__(self, batch: int, capacity: int, block: int, heads: int, width: int):
+        """Start without blocks; arguments as in `BlockCache.empty`, float32."""
+        empty = BlockCache.empty(batch, capacity, block, heads, width)
+        self._key, self._value = np.array(empty.key), np.array(empty.value)
+        self._landmarks = empty.key[:, :, -1]
+        self._tail = (empty.tail_key, empty.tail_value)
+        self._count = 0
+
+    def device_bytes(self) -> int:
+        """Return what is kept on the device between chunks."""
+        return sum(x.nbytes for x in (self._landmarks, *self._tail))
+
+    def read(self, query: Array, key: Array, value: Array, *, top_k: int, rotate: Rotate) -> Array:
+        """Attend from a chunk and remember it; arguments and result as in `read_chunk`."""
+        (b, capacity, block, heads, h), n = self._key.shape, query.shape[2]
+        scale, cached = h**-0.5, min(self._count, capacity)
+        phase = self._tail[0].shape[1]
+        local_key = jnp.concatenate([self._tail[0], key], axis=1)
+        local_value = jnp.concatenate([self._tail[1], value], axis=1)
+        start = chunk_start(cached, top_k, block)
+        length = local_key.shape[1]
+        positions = jnp.broadcast_to(start + jnp.arange(length), (b, length))
+        turned = rotate(query, positions[:, phase:])
+        parts = [
+            attend_local(
+                turned, rotate(local_key, positions), local_value, block=block, scale=scale
+            )
+        ]
+        if cached and top_k:
+            ages = (self._count - 1 - np.arange(capacity)) % capacity
+            place, is_block = choose_blocks(
+                turned, self._landmarks, jnp.asarray(ages), jnp.asarray(ages < cached),
+                top_k=top_k, block=block, retrieval="max_over_tokens", rotate=rotate, scale=scale,
+            )  # fmt: skip
+            chosen = np.asarray(place)
+            slots = retrieved_slots(ages[chosen], cached, top_k)
+            example, head = np.arange(b)[:, None, None, None], np.arange(n) // (n // heads)
+            pick = lambda x: jnp.asarray(x[example, chosen, :, head[None, :, None, None]])
+            parts.append(
+                attend_blocks(
+                    turned, pick(self._key), pick(self._value), jnp.asarray(slots), is_block,
+                    rotate=rotate, scale=scale,
+                )
+            )  # fmt: skip
+        full = length // block
+        for index in range(full):
+            place = self._count % capacity
+            part = slice(index * block, (index + 1) * block)
+            self._key[:, place] = local_key[:, part]
+            self._value[:, place] = local_value[:, part]
+            self._landmarks = self._landmarks.at[:, place].set(local_key[:, part.stop - 1])
+            self._count += 1
+        self._tail = (local_key[:, full * block :], local_value[:, full * block :])
+        out, _ = merge_partials(parts)
+        return out.astype(query.dtype)
