@@ -44,6 +44,12 @@ SYSTEMS = {
             "attnjax.models.crossvit:CrossViT",
         ),
         System(
+            "deconstructing_attention",
+            "model",
+            "Deconstructing attention: decoders with one principle of attention given up",
+            "attnjax.models.deconstructing_attention:RelaxedDecoder",
+        ),
+        System(
             "long_context_bench",
             "benchmark",
             "LongCA-bench: masks x kernels x context-parallel attentions",
@@ -93,11 +99,13 @@ TASKS = {
 
 SOURCES = {
     "associative_recall": "attnjax.data.patterns:AssociativeRecall",
+    "copy_back": "attnjax.data.patterns:CopyBack",
     "copy_sort": "attnjax.data.pairs:CopySort",
     "digit_pairs": "attnjax.data.pictures:DigitPairs",
     "digit_sequences": "attnjax.data.lra:DigitSequences",
     "digits": "attnjax.data.sources:Digits",
     "image_folder": "attnjax.data.sources:ImageFolder",
+    "induction": "attnjax.data.patterns:Induction",
     "information_exchange": "attnjax.data.synthetic:InformationExchange",
     "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
     "listops": "attnjax.data.sequences:ListOps",
@@ -116,6 +124,7 @@ SOURCES = {
     "pcn": "attnjax.data.points:Pcn",
     "photo_pairs": "attnjax.data.pictures:PhotoPairs",
     "picture_folders": "attnjax.data.pictures:PictureFolders",
+    "prefix_count": "attnjax.data.patterns:PrefixCount",
     "seasonal_series": "attnjax.data.series:SeasonalSeries",
     "series_file": "attnjax.data.series:SeriesFile",
     "stdlib_text": "attnjax.data.text:StandardLibraryText",
@@ -125,6 +134,7 @@ SOURCES = {
     "text_files": "attnjax.data.text:TextFiles",
     "text_pairs": "attnjax.data.pairs:TextPairs",
     "tfds": "attnjax.data.sources:TensorFlowDatasets",
+    "token_files": "attnjax.data.text:TokenFiles",
     "window_permutation": "attnjax.data.patterns:WindowPermutation",
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text: a Markov source whose entropy is known, folders of files, the handbook of Python."""
+"""Text: a Markov source of known entropy, folders of files or of tokens, the handbook of Python."""
 
 import bisect
 import hashlib
@@ -204,6 +204,59 @@ class TextFiles(DocumentWindows):
         if len(data) != count:
             raise OSError(f"{self._files[number]} is shorter than when the run began")
         return self._tokenizer.encode(data)
+
+
+class TokenFiles(DocumentWindows):
+    """Every .bin file of a folder: nothing but token numbers, little-endian, one after another.
+
+    Files are mapped into memory, never read whole.
+
+    Args:
+      root: folder that holds the folder of the split, which holds the files, at any depth.
+      split: name of that folder.
+      length: tokens of a text.
+      vocab_size: number of tokens there are.
+      dtype: of a stored number, "uint16" or "uint32".
+
+    Raises:
+      RecipeError: there is no such folder, no .bin file in it, one without whole numbers, or
+        no such dtype.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str = "train",
+        length: int = 2048,
+        vocab_size: int = 65_536,
+        dtype: str = "uint16",
+    ):
+        _check_length(length)
+        if dtype not in ("uint16", "uint32"):
+            raise RecipeError(f"source.dtype={dtype!r}: must be 'uint16' or 'uint32'")
+        folder = pathlib.Path(os.path.expanduser(os.path.expandvars(root))) / split
+        self._files = sorted(path for path in folder.rglob("*.bin") if path.is_file())
+        if not self._files:
+            raise RecipeError(
+                f"source.root={root!r}: no .bin file in {folder}, expected token files such as "
+                "<root>/<split>/shard_0.bin"
+            )
+        self._dtype, self.vocab_size = np.dtype(dtype).newbyteorder("<"), vocab_size
+        sizes = [path.stat().st_size for path in self._files]
+        for path, size in zip(self._files, sizes, strict=True):
+            if not size or size % self._dtype.itemsize:
+                raise RecipeError(
+                    f"source.root={root!r}: {path} has {size} bytes, which are no whole {dtype}"
+                )
+        super().__init__([size // self._dtype.itemsize for size in sizes], length)
+
+    def locate(self, index: int) -> str:
+        """Return the path of the file in which a text begins."""
+        return str(self._files[self._first_document(index)])
+
+    def _read(self, number, offset, count):
+        tokens = np.memmap(self._files[number], self._dtype, mode="r")[offset : offset + count]
+        return tokens.astype(np.int32)
 
 
 class StandardLibraryText(DocumentWindows):

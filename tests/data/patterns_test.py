@@ -4,11 +4,19 @@
 import numpy as np
 import pytest
 
-from attnjax.data.patterns import AssociativeRecall, WindowPermutation
+from attnjax.data.patterns import (
+    AssociativeRecall,
+    CopyBack,
+    Induction,
+    PrefixCount,
+    WindowPermutation,
+)
 from attnjax.errors import RecipeError
 
 
-@pytest.mark.parametrize("source", [WindowPermutation, AssociativeRecall])
+@pytest.mark.parametrize(
+    "source", [WindowPermutation, AssociativeRecall, CopyBack, Induction, PrefixCount]
+)
 def test_examples_are_pure_functions_of_seed_split_and_index(source):
     first, again = source()[7], source()[7]
     for name, value in first.items():
@@ -51,6 +59,43 @@ def test_recalled_values_are_those_of_the_pairs_and_no_nearer_than_the_distance(
         assert sorted(asked) == list(range(keys))
 
 
+def test_copies_repeat_the_token_so_far_before():
+    source = CopyBack(length=20, distance=6, symbols=5)
+    tokens, scored = source[3].values()
+    assert scored.tolist() == [place >= 6 for place in range(20)]
+    np.testing.assert_array_equal(tokens[6:], tokens[:-6])
+    assert tokens.min() >= 1 and tokens.max() < source.vocab_size and source.chance == 0.2
+
+
+def test_every_pair_is_completed_once_and_says_nothing_in_another_example():
+    source = Induction(pairs=4, firsts=6, seconds=3)
+    seen = set()
+    for index in range(30):
+        tokens, scored = source[index].values()
+        assert tokens.shape == scored.shape == (16,) and tokens.max() < source.vocab_size
+        told = dict(zip(tokens[0:8:2].tolist(), tokens[1:8:2].tolist(), strict=True))
+        asked = dict(zip(tokens[8::2].tolist(), tokens[9::2].tolist(), strict=True))
+        assert told == asked and len(told) == 4
+        assert np.flatnonzero(scored).tolist() == [9, 11, 13, 15]
+        assert max(told) <= 6 < min(told.values())
+        seen |= set(told.items())
+    assert len(seen) == 6 * 3
+
+
+def test_answers_say_whether_most_bits_so_far_were_ones():
+    source = PrefixCount(blocks=3, bits=4)
+    answers = []
+    for index in range(40):
+        tokens, scored = source[index].values()
+        assert tokens.shape == (source.length,) and scored.sum() == 3
+        for place in np.flatnonzero(scored):
+            bits = tokens[:place][tokens[:place] <= 2] - 1
+            assert tokens[place - 1] == 3
+            assert tokens[place] == (5 if 2 * bits.sum() > len(bits) else 4)
+            answers.append(int(tokens[place]))
+    assert 0.25 < answers.count(5) / len(answers) < 0.6
+
+
 @pytest.mark.parametrize(
     ("source", "options", "named"),
     [
@@ -58,6 +103,11 @@ def test_recalled_values_are_those_of_the_pairs_and_no_nearer_than_the_distance(
         (WindowPermutation, {"symbols": 1}, "symbols=1"),
         (AssociativeRecall, {"values": 1}, "values=1"),
         (AssociativeRecall, {"distance": -1}, "distance=-1"),
+        (CopyBack, {"distance": 32}, "distance=32"),
+        (CopyBack, {"symbols": 1}, "symbols=1"),
+        (Induction, {"firsts": 7}, "firsts=7: must be at least 8"),
+        (Induction, {"seconds": 1}, "seconds=1"),
+        (PrefixCount, {"bits": 0}, "bits=0"),
     ],
 )
 def test_refusals(source, options, named):

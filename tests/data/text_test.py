@@ -6,7 +6,7 @@ import pytest
 
 from attnjax import data, recipe
 from attnjax.data import BadRecord
-from attnjax.data.text import MarkovText, StandardLibraryText, TextFiles
+from attnjax.data.text import MarkovText, StandardLibraryText, TextFiles, TokenFiles
 from attnjax.errors import RecipeError
 
 
@@ -133,3 +133,28 @@ def test_the_handbook_of_python_is_english_and_held_out_by_topic():
     np.testing.assert_array_equal(shifted[7]["tokens"], train[7]["tokens"] + 4)
     with pytest.raises(RecipeError, match="split='dev'"):
         StandardLibraryText("dev")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_token_files_are_cut_in_order(dtype, tmp_path):
+    (tmp_path / "train").mkdir()
+    tokens = np.arange(11) + 60_000
+    for name, part in (("b", tokens[7:]), ("a", tokens[:7])):
+        part.astype(f"<{dtype[0]}{int(dtype[4:]) // 8}").tofile(tmp_path / f"train/{name}.bin")
+    source = TokenFiles(str(tmp_path), length=4, dtype=dtype)
+    assert len(source) == 3 and source.locate(0).endswith("a.bin")
+    read = [source[i] for i in range(3)]
+    assert np.concatenate([x["tokens"] for x in read])[:11].tolist() == tokens.tolist()
+    assert read[1]["segments"].tolist() == [1, 1, 1, 2]
+    assert read[2]["segments"].tolist() == [1, 1, 1, 0] and read[0]["tokens"].dtype == np.int32
+
+
+def test_broken_token_files_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"no \.bin file"):
+        TokenFiles(str(tmp_path))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a.bin").write_bytes(b"abc")
+    with pytest.raises(RecipeError, match="3 bytes, which are no whole uint16"):
+        TokenFiles(str(tmp_path))
+    with pytest.raises(RecipeError, match=r"source\.dtype='int8'"):
+        TokenFiles(str(tmp_path), dtype="int8")
