@@ -179,19 +179,24 @@ class CopyBack:
 
 
 class Induction:
-    """Random pairs of two tokens, then the first ones in another order, each to be completed.
+    """Random pairs of two tokens, then first ones drawn among them again, each to be completed.
 
     The second token of a pair stands behind its first one, so that a model has to look one place
-    back and then for a token: with a map of attention that no token changes it cannot. Examples
-    have `tokens` int32 and `scored` bool, `[length]`: completions are to be predicted.
+    back and then for a token: with a map of attention that no token changes it cannot. What it can
+    know is which tokens are second ones, but not of which: it is right once in `pairs`. Behind a
+    pair its first token is told again. Examples have `tokens` int32 and `scored` bool, `[length]`:
+    completions are to be predicted.
 
     Args:
       split: "train" or "test", never sharing an example.
       seed: a different data set for every value.
       size: examples.
-      pairs: of an example; all are asked for.
+      pairs: of an example.
+      asks: completions, any pair as often as chance has it.
       firsts: how many first tokens there are; those of an example differ.
-      seconds: how many second tokens there are.
+      seconds: how many second tokens there are; those of an example differ.
+      echoes: the first tokens that are told again are to be predicted, too. They teach to look one
+        place back, without which training may take many times as long.
     """
 
     def __init__(
@@ -199,26 +204,30 @@ class Induction:
         split: str = "train",
         seed: int = 0,
         size: int = 131_072,
-        pairs: int = 8,
-        firsts: int = 16,
-        seconds: int = 16,
+        pairs: int = 4,
+        asks: int = 12,
+        firsts: int = 8,
+        seconds: int = 8,
+        echoes: bool = False,
     ):
         for name, value, least in (
-            ("pairs", pairs, 1),
+            ("pairs", pairs, 2),
+            ("asks", asks, 1),
             ("firsts", firsts, pairs),
-            ("seconds", seconds, 2),
+            ("seconds", seconds, pairs),
         ):
             if value < least:
                 raise RecipeError(f"source.{name}={value}: must be at least {least}")
         self._stream, self._seed, self._size = stream(split, seed, size)
-        self._pairs, self._firsts, self._seconds = pairs, firsts, seconds
-        self.length = 4 * pairs
+        self._pairs, self._asks, self._firsts, self._seconds = pairs, asks, firsts, seconds
+        self._echoes = echoes
+        self.length = 3 * pairs + 2 * asks
         self.vocab_size = 1 + firsts + seconds
 
     @property
     def chance(self) -> float:
-        """Accuracy of who does not see the pairs."""
-        return 1 / self._seconds
+        """Accuracy of who knows the second tokens, but not which belongs to which first one."""
+        return 1 / self._pairs
 
     def __len__(self) -> int:
         return self._size
@@ -226,14 +235,15 @@ class Induction:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self._seed, self._stream, index))
         first = 1 + rng.permutation(self._firsts)[: self._pairs]
-        second = 1 + self._firsts + rng.integers(self._seconds, size=self._pairs)
-        told = np.stack([first, second], axis=1)
-        tokens = np.concatenate([told, told[rng.permutation(self._pairs)]]).ravel()
-        place = np.arange(self.length)
-        return {
-            "tokens": tokens.astype(np.int32),
-            "scored": (place >= 2 * self._pairs) & (place % 2 == 1),
-        }
+        second = 1 + self._firsts + rng.permutation(self._seconds)[: self._pairs]
+        told = np.stack([first, second, first], axis=1)
+        asked = told[rng.integers(self._pairs, size=self._asks), :2]
+        scored = np.zeros(self.length, bool)
+        scored[3 * self._pairs + 1 :: 2] = True
+        if self._echoes:
+            scored[2 : 3 * self._pairs : 3] = True
+        tokens = np.concatenate([told.ravel(), asked.ravel()])
+        return {"tokens": tokens.astype(np.int32), "scored": scored}
 
 
 class PrefixCount:

@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> Recipe:
     source = {"name": "copy_back", "length": 32, "distance": 8, "symbols": 16}
     return Recipe(
         seed=0,
-        steps=400,
+        steps=300,
         batch=64,
         model={
             "name": "deconstructing_attention",
@@ -51,6 +51,6 @@ def get_config(variant: str = "") -> Recipe:
         data=Data(source={**source, "split": "train"}),
         optim=Optim(lr=3e-3, warmup=20, clip=1.0),
         evals={"test": Evaluation(data=Data(source={**source, "split": "test", "size": 512}))},
-        checkpoint=Checkpoint(every=400, keep=1),
+        checkpoint=Checkpoint(every=300, keep=1),
         report=Report(every=40, samples=0),
     )

@@ -45,24 +45,25 @@ def get_config(variant: str = "") -> Recipe:
         "vocab_size": 256,
         "length": 128,
         "width": 64,
-        "depth": 4,
+        "depth": 2,
         "heads": (4, 4),
         "hidden": 128,
         "mixer": "random_embedding" if variant == "hybrid" else variant,
         "layout": "hybrid" if variant == "hybrid" else "uniform",
+        "family": "qwen3",
         "rope_base": 1000.0,
     }
     if variant == "fixed_sequence":
         model["options"] = {"tokens": tuple(FIXED.encode())}
     return Recipe(
         seed=0,
-        steps=400,
+        steps=300,
         batch=16,
         model=model,
         task={"name": "language"},
         data=Data(source={**source, "split": "train"}),
         optim=Optim(lr=4e-3, warmup=40, clip=1.0, weight_decay=0.1),
         evals={"test": Evaluation(data=Data(source={**source, "split": "test"}))},
-        checkpoint=Checkpoint(every=400, keep=1),
+        checkpoint=Checkpoint(every=300, keep=1),
         report=Report(every=40, samples=0),
     )

@@ -67,19 +67,24 @@ def test_copies_repeat_the_token_so_far_before():
     assert tokens.min() >= 1 and tokens.max() < source.vocab_size and source.chance == 0.2
 
 
-def test_every_pair_is_completed_once_and_says_nothing_in_another_example():
-    source = Induction(pairs=4, firsts=6, seconds=3)
-    seen = set()
-    for index in range(30):
+def test_pairs_are_told_before_they_are_completed_and_differ_between_examples():
+    options = {"pairs": 4, "asks": 5, "firsts": 6, "seconds": 7}
+    source, seen = Induction(**options), set()
+    for index in range(40):
         tokens, scored = source[index].values()
-        assert tokens.shape == scored.shape == (16,) and tokens.max() < source.vocab_size
-        told = dict(zip(tokens[0:8:2].tolist(), tokens[1:8:2].tolist(), strict=True))
-        asked = dict(zip(tokens[8::2].tolist(), tokens[9::2].tolist(), strict=True))
-        assert told == asked and len(told) == 4
-        assert np.flatnonzero(scored).tolist() == [9, 11, 13, 15]
+        assert tokens.shape == scored.shape == (22,) and tokens.max() < source.vocab_size
+        told = dict(zip(tokens[0:12:3].tolist(), tokens[1:12:3].tolist(), strict=True))
+        assert len(told) == len(set(told.values())) == 4
+        np.testing.assert_array_equal(tokens[0:12:3], tokens[2:12:3])
+        for place in np.flatnonzero(scored):
+            assert told[int(tokens[place - 1])] == tokens[place]
+        assert np.flatnonzero(scored).tolist() == [13, 15, 17, 19, 21]
         assert max(told) <= 6 < min(told.values())
         seen |= set(told.items())
-    assert len(seen) == 6 * 3
+    assert len(seen) == 6 * 7 and source.chance == 0.25
+    echoed = Induction(**options, echoes=True)[0]
+    np.testing.assert_array_equal(echoed["tokens"], source[0]["tokens"])
+    assert np.flatnonzero(echoed["scored"]).tolist() == [2, 5, 8, 11, 13, 15, 17, 19, 21]
 
 
 def test_answers_say_whether_most_bits_so_far_were_ones():
@@ -105,8 +110,8 @@ def test_answers_say_whether_most_bits_so_far_were_ones():
         (AssociativeRecall, {"distance": -1}, "distance=-1"),
         (CopyBack, {"distance": 32}, "distance=32"),
         (CopyBack, {"symbols": 1}, "symbols=1"),
-        (Induction, {"firsts": 7}, "firsts=7: must be at least 8"),
-        (Induction, {"seconds": 1}, "seconds=1"),
+        (Induction, {"firsts": 3}, "firsts=3: must be at least 4"),
+        (Induction, {"seconds": 3}, "seconds=3"),
         (PrefixCount, {"bits": 0}, "bits=0"),
     ],
 )
