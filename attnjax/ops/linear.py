@@ -172,6 +172,7 @@ def causal_sums(
     value: Array,
     *,
     features: Callable[[Array], Array] = lambda x: x,
+    products: Callable[[Array], Array] | None = None,
     segments: Array | None = None,
     start: tuple[Array, Array] | None = None,
     chunk: int = 128,
@@ -187,6 +188,8 @@ def causal_sums(
       key: `[b,t,n,h]`.
       value: `[b,t,n,hv]`.
       features: phi, takes `[...,h]` float32 to `[...,m]`.
+      products: takes q . k to phi(q) . phi(k), where these depend on nothing else: tokens of one
+        chunk then meet without their features.
       segments: int `[b,t]`, equal for neighbours that belong together: tokens see those of their
         own segment only.
       start: the state that a call with the tokens before these has returned; not with segments.
@@ -223,6 +226,9 @@ def causal_sums(
     def step(carry, part):
         summary_bnmh, total_bnm, last_b = carry
         query, key, value, is_token, segment_bt = part
+        scores_bnts = None
+        if products is not None:
+            scores_bnts = products(jnp.einsum("btnh,bsnh->bnts", query, key)) * is_token
         query, key = features(query), features(key) * is_token[:, None, None]
         seen, own = is_past, key
         if segment_bt is not None:
@@ -231,7 +237,9 @@ def causal_sums(
             goes_on_b = last_b == segment_bt[:, -1]
             own = key * (segment_bt == segment_bt[:, -1:])[..., None, None]
             last_b = segment_bt[:, -1]
-        scores_bnts = jnp.einsum("btnm,bsnm->bnts", query, key) * seen
+        if scores_bnts is None:
+            scores_bnts = jnp.einsum("btnm,bsnm->bnts", query, key)
+        scores_bnts = scores_bnts * seen
         out_btnh = jnp.einsum("bnts,bsnh->btnh", scores_bnts, value)
         sums_btn = jnp.moveaxis(scores_bnts.sum(axis=-1), 1, 2)
         old_btnh = jnp.einsum("btnm,bnmh->btnh", query, summary_bnmh)

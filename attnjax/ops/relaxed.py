@@ -314,10 +314,18 @@ def _taylor(query, key, value, starts, norm, second, epsilon, **options):
     check_taylor(norm, second)
     key, value = _repeat(query, key), _repeat(query, value)
     shrink = lambda x: x.astype(jnp.float32) * query.shape[-1] ** -0.25
-    orders = (lambda x: jnp.ones_like(x[..., :1]), lambda x: x, _SQUARES[second])
+    orders = (_ONES, (lambda x: x, None), _SQUARES[second])
     parts = [
-        causal_sums(shrink(query), shrink(key), value, features=order, start=start, **options)
-        for order, start in zip(orders, starts, strict=True)
+        causal_sums(
+            shrink(query),
+            shrink(key),
+            value,
+            features=features,
+            products=products,
+            start=start,
+            **options,
+        )
+        for (features, products), start in zip(orders, starts, strict=True)
     ]
     sums, denominators, states = zip(*parts, strict=True)
     if norm == "joint":
@@ -328,9 +336,14 @@ def _taylor(query, key, value, starts, norm, second, epsilon, **options):
     return out_btnh.astype(query.dtype), denominators, states
 
 
+# Features of an order, and their products as a function of q . k where they are one.
+_ONES = (lambda x: jnp.ones_like(x[..., :1]), jnp.ones_like)
 _SQUARES = {
-    "diagonal": lambda x: jnp.square(x) * 2**-0.5,
-    "full": lambda x: (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1) * 2**-0.5,
+    "diagonal": (lambda x: jnp.square(x) * 2**-0.5, None),
+    "full": (
+        lambda x: (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1) * 2**-0.5,
+        lambda x: jnp.square(x) / 2,
+    ),
 }
 
 

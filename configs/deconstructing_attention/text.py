@@ -53,17 +53,19 @@ def get_config(variant: str = "") -> Recipe:
         "family": "qwen3",
         "rope_base": 1000.0,
     }
+    if variant == "approximate":
+        model["options"] = {"norm": "joint", "second": "full"}
     if variant == "fixed_sequence":
         model["options"] = {"tokens": tuple(FIXED.encode())}
     return Recipe(
         seed=0,
-        steps=300,
+        steps=400,
         batch=16,
         model=model,
         task={"name": "language"},
         data=Data(source={**source, "split": "train"}),
         optim=Optim(lr=4e-3, warmup=40, clip=1.0, weight_decay=0.1),
         evals={"test": Evaluation(data=Data(source={**source, "split": "test"}))},
-        checkpoint=Checkpoint(every=300, keep=1),
+        checkpoint=Checkpoint(every=400, keep=1),
         report=Report(every=40, samples=0),
     )
