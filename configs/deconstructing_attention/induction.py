@@ -2,9 +2,9 @@
 """Complete pairs told before: a map of attention must depend on the tokens, in one layer at least.
 
 Xue, Moosavi and Aletras, "Deconstructing Attention", arXiv 2510.11602: relaxed layers between
-standard ones do nearly as well as standard ones everywhere. Here the first layer has to look one
-place back, for which a map that no token changes suffices, and the second has to look for a token,
-for which it does not. Who knows the tokens that complete, but not which completes which, is right
+standard ones do nearly as well as standard ones everywhere. Here one layer has to look one place
+back, for which a map that no token changes suffices, and a later one has to look for a token, for
+which it does not; there is a third, with which training finds this from any initial values. Who knows the tokens that complete, but not which completes which, is right
 once in four. Variants: standard; hybrid, a constant random map in odd layers; uniform, constant
 random maps in all of them.
 
@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> Recipe:
             "vocab_size": 17,
             "length": 36,
             "width": 32,
-            "depth": 2,
+            "depth": 3,
             "heads": (2, 2),
             "hidden": 64,
             "mixer": "standard" if variant == "standard" else "random_embedding",

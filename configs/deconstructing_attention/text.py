@@ -9,8 +9,9 @@ map in odd layers only. Other hybrids: --config.model.layout=hybrid.
 Run:     python -m launch.train --config=configs/deconstructing_attention/text.py:hybrid
          --workdir=DIR
 Data:    ships with Python
-Cost:    a minute on one CPU core
-Expect:  test/bits_per_byte below 3.6 but for mlp, which knows pairs of bytes alone (3.53 at best)
+Cost:    under a minute on one CPU core
+Expect:  test/perplexity (of a byte) below 7 with standard and hybrid, about 11.5 with mlp, which
+         knows pairs of bytes alone
 """
 
 from attnjax.errors import RecipeError
@@ -59,13 +60,13 @@ def get_config(variant: str = "") -> Recipe:
         model["options"] = {"tokens": tuple(FIXED.encode())}
     return Recipe(
         seed=0,
-        steps=400,
+        steps=300,
         batch=16,
         model=model,
         task={"name": "language"},
         data=Data(source={**source, "split": "train"}),
         optim=Optim(lr=4e-3, warmup=40, clip=1.0, weight_decay=0.1),
         evals={"test": Evaluation(data=Data(source={**source, "split": "test"}))},
-        checkpoint=Checkpoint(every=400, keep=1),
+        checkpoint=Checkpoint(every=300, keep=1),
         report=Report(every=40, samples=0),
     )
