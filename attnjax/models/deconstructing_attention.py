@@ -61,8 +61,10 @@ PAPER = {
     "the sequence can be relaxed, above all in layers between standard ones.",
 }
 
-# Sizes: the paper's table of models; vocabulary: Pythia's, padded.
 _SIZES = {"vocab_size": 50_304, "length": 2048}
+
+# Sizes: the table of models in the paper's Appendix; vocabulary: that of Pythia, padded; grouped
+# heads: the published configuration of Qwen2.5-0.5B.
 PRESETS = {
     "70m": {**_SIZES, "width": 512, "depth": 6, "heads": (8, 8), "hidden": 2048},
     "160m": {**_SIZES, "width": 768, "depth": 12, "heads": (12, 12), "hidden": 3072},

@@ -4,9 +4,9 @@
 Xue, Moosavi and Aletras, "Deconstructing Attention", arXiv 2510.11602: relaxed layers between
 standard ones do nearly as well as standard ones everywhere. Here one layer has to look one place
 back, for which a map that no token changes suffices, and a later one has to look for a token, for
-which it does not; there is a third, with which training finds this from any initial values. Who knows the tokens that complete, but not which completes which, is right
-once in four. Variants: standard; hybrid, a constant random map in odd layers; uniform, constant
-random maps in all of them.
+which it does not; there is a third, with which training finds this from any initial values. Who
+knows the tokens that complete, but not which completes which, is right once in four. Variants:
+standard; hybrid, a constant random map in odd layers; uniform, constant random maps in all of them.
 
 Run:     python -m launch.train --config=configs/deconstructing_attention/induction.py:hybrid
          --workdir=DIR
