@@ -44,6 +44,12 @@ SYSTEMS = {
             "attnjax.models.crossvit:CrossViT",
         ),
         System(
+            "deconstructing_attention",
+            "model",
+            "Deconstructing attention: decoders with one principle of attention given up",
+            "attnjax.models.deconstructing_attention:RelaxedDecoder",
+        ),
+        System(
             "icl_linear_regression",
             "analysis",
             "In-context linear regression: circuits and dynamics of multi-head softmax attention",
@@ -101,11 +107,13 @@ TASKS = {
 
 SOURCES = {
     "associative_recall": "attnjax.data.patterns:AssociativeRecall",
+    "copy_back": "attnjax.data.patterns:CopyBack",
     "copy_sort": "attnjax.data.pairs:CopySort",
     "digit_pairs": "attnjax.data.pictures:DigitPairs",
     "digit_sequences": "attnjax.data.lra:DigitSequences",
     "digits": "attnjax.data.sources:Digits",
     "image_folder": "attnjax.data.sources:ImageFolder",
+    "induction": "attnjax.data.patterns:Induction",
     "information_exchange": "attnjax.data.synthetic:InformationExchange",
     "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
     "json_lines": "attnjax.data.token_files:JsonLines",
@@ -127,6 +135,7 @@ SOURCES = {
     "pcn": "attnjax.data.points:Pcn",
     "photo_pairs": "attnjax.data.pictures:PhotoPairs",
     "picture_folders": "attnjax.data.pictures:PictureFolders",
+    "prefix_count": "attnjax.data.patterns:PrefixCount",
     "regression_prompts": "attnjax.data.regression:RegressionPrompts",
     "seasonal_series": "attnjax.data.series:SeasonalSeries",
     "series_file": "attnjax.data.series:SeriesFile",

@@ -3,8 +3,9 @@
 
 CAB (arXiv 2210.07661) names four patterns. `WindowPermutation` is for noncausal self-attention,
 `AssociativeRecall` for causal; cross-attention has `pairs.CopySort` (causal), and
-`series.SeasonalSeries` and `series.LaggedSeries`. The tasks are our design. Token 0 is padding
-everywhere.
+`series.SeasonalSeries` and `series.LaggedSeries`. `CopyBack`, `Induction` and `PrefixCount` tell
+apart what causal mixers of "Deconstructing Attention" (arXiv 2510.11602) can do: look back by a
+number of places, look for a token, count. The tasks are our design. Token 0 is padding everywhere.
 """
 
 import numpy as np
@@ -127,3 +128,166 @@ class AssociativeRecall:
         scored = np.zeros(self.length, bool)
         scored[k + self._distance + 1 :: 2] = True
         return {"tokens": tokens.astype(np.int32), "scored": scored}
+
+
+class CopyBack:
+    """Random tokens, then again and again the token `distance` places before.
+
+    A map of attention that depends on the places alone can be right everywhere; who sees one token
+    at a time knows nothing. Examples have `tokens` int32 and `scored` bool, `[length]`.
+
+    Args:
+      split: "train" or "test", never sharing an example.
+      seed: a different data set for every value.
+      size: examples.
+      length: tokens, more than the distance.
+      distance: of a token from the one that it repeats.
+      symbols: how many there are; their tokens begin at 1.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        size: int = 131_072,
+        length: int = 32,
+        distance: int = 8,
+        symbols: int = 16,
+    ):
+        if not 1 <= distance < length:
+            raise RecipeError(f"source.distance={distance}: must be below length={length}")
+        if symbols < 2:
+            raise RecipeError(f"source.symbols={symbols}: must be at least 2")
+        self._stream, self._seed, self._size = stream(split, seed, size)
+        self._distance, self._symbols, self.length = distance, symbols, length
+        self.vocab_size = symbols + 1
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of who does not see the token."""
+        return 1 / self._symbols
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self._seed, self._stream, index))
+        first = rng.integers(1, self._symbols + 1, self._distance)
+        place = np.arange(self.length)
+        tokens = first[place % self._distance].astype(np.int32)
+        return {"tokens": tokens, "scored": place >= self._distance}
+
+
+class Induction:
+    """Random pairs of two tokens, then first ones drawn among them again, each to be completed.
+
+    The second token of a pair stands behind its first one, so that a model has to look one place
+    back and then for a token: with a map of attention that no token changes it cannot. What it can
+    know is which tokens are second ones, but not of which: it is right once in `pairs`. Behind a
+    pair its first token is told again. Examples have `tokens` int32 and `scored` bool, `[length]`:
+    completions are to be predicted.
+
+    Args:
+      split: "train" or "test", never sharing an example.
+      seed: a different data set for every value.
+      size: examples.
+      pairs: of an example.
+      asks: completions, any pair as often as chance has it.
+      firsts: how many first tokens there are; those of an example differ.
+      seconds: how many second tokens there are; those of an example differ.
+      echoes: the first tokens that are told again are to be predicted, too. They teach to look one
+        place back, without which training may take many times as long.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        size: int = 131_072,
+        pairs: int = 4,
+        asks: int = 12,
+        firsts: int = 8,
+        seconds: int = 8,
+        echoes: bool = False,
+    ):
+        for name, value, least in (
+            ("pairs", pairs, 2),
+            ("asks", asks, 1),
+            ("firsts", firsts, pairs),
+            ("seconds", seconds, pairs),
+        ):
+            if value < least:
+                raise RecipeError(f"source.{name}={value}: must be at least {least}")
+        self._stream, self._seed, self._size = stream(split, seed, size)
+        self._pairs, self._asks, self._firsts, self._seconds = pairs, asks, firsts, seconds
+        self._echoes = echoes
+        self.length = 3 * pairs + 2 * asks
+        self.vocab_size = 1 + firsts + seconds
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of who knows the second tokens, but not which belongs to which first one."""
+        return 1 / self._pairs
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self._seed, self._stream, index))
+        first = 1 + rng.permutation(self._firsts)[: self._pairs]
+        second = 1 + self._firsts + rng.permutation(self._seconds)[: self._pairs]
+        told = np.stack([first, second, first], axis=1)
+        asked = told[rng.integers(self._pairs, size=self._asks), :2]
+        scored = np.zeros(self.length, bool)
+        scored[3 * self._pairs + 1 :: 2] = True
+        if self._echoes:
+            scored[2 : 3 * self._pairs : 3] = True
+        tokens = np.concatenate([told.ravel(), asked.ravel()])
+        return {"tokens": tokens.astype(np.int32), "scored": scored}
+
+
+class PrefixCount:
+    """Fair bits, and behind every block of them whether most bits so far were ones.
+
+    The mean over all bits so far tells everything, its order nothing. Tokens 1 and 2 are the bits
+    zero and one, 3 asks, 4 says no (and that there are as many), 5 yes. Examples have `tokens`
+    int32 and `scored` bool, `[length]`: answers are to be predicted.
+
+    Args:
+      split: "train" or "test", never sharing an example.
+      seed: a different data set for every value.
+      size: examples.
+      blocks: questions.
+      bits: of a block.
+    """
+
+    vocab_size = 6
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        size: int = 131_072,
+        blocks: int = 4,
+        bits: int = 7,
+    ):
+        for name, value in (("blocks", blocks), ("bits", bits)):
+            if value < 1:
+                raise RecipeError(f"source.{name}={value}: must be at least 1")
+        self._stream, self._seed, self._size = stream(split, seed, size)
+        self._blocks, self._bits = blocks, bits
+        self.length = blocks * (bits + 2)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self._seed, self._stream, index))
+        bits = rng.integers(2, size=(self._blocks, self._bits))
+        ones = np.cumsum(bits.sum(axis=1))
+        is_most = 2 * ones > self._bits * np.arange(1, self._blocks + 1)
+        asked = np.full(self._blocks, 3)
+        tokens = np.concatenate([1 + bits, np.stack([asked, 4 + is_most], axis=1)], axis=1)
+        scored = np.zeros(tokens.shape, bool)
+        scored[:, -1] = True
+        return {"tokens": tokens.ravel().astype(np.int32), "scored": scored.ravel()}

@@ -6,6 +6,7 @@
 into the former.
 """
 
+import bisect
 import contextlib
 import io
 import json
@@ -24,16 +25,17 @@ _BLOCK = 1 << 22
 
 
 class PackedTokens(DocumentWindows):
-    """A flat file of tokens, cut into texts of one length; read when it is needed.
+    """Flat files of tokens, little-endian, cut into texts of one length; read when it is needed.
 
-    Examples have `tokens` and `segments`, see `DocumentWindows`.
+    Examples have `tokens` and `segments`, see `DocumentWindows`. A text may begin in one file and
+    end in the next.
 
     Args:
       root: folder of the files.
-      split: name of the file without its ending, `root/SPLIT.bin`.
+      split: one file `root/SPLIT.bin`, or all .bin files of the folder `root/SPLIT`, at any depth.
       length: tokens of a text.
-      dtype: of the file, member of `DTYPES`.
-      end: token that ends every document, which then do not see each other; -1: one document.
+      dtype: of the files, member of `DTYPES`.
+      end: token that ends every document; documents do not see each other; -1: one per file.
 
     Raises:
       RecipeError: there is no such file, or its size does not fit.
@@ -51,38 +53,55 @@ class PackedTokens(DocumentWindows):
             raise RecipeError(f"source.length={length}: must be at least 2")
         if dtype not in DTYPES:
             raise RecipeError(f"source.dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
-        folder = _expand(root)
-        self._path, self._dtype = folder / f"{split}.bin", np.dtype(dtype)
-        if not self._path.is_file():
+        folder, self._dtype = _expand(root), np.dtype(dtype).newbyteorder("<")
+        single = folder / f"{split}.bin"
+        self._files = [single] if single.is_file() else sorted((folder / split).rglob("*.bin"))
+        if not self._files:
             present = sorted(path.name for path in folder.glob("*.bin"))[:8]
-            raise RecipeError(f"source.root={root!r}: no file {self._path} (there: {present})")
-        size = self._path.stat().st_size
-        if not size or size % self._dtype.itemsize:
             raise RecipeError(
-                f"{self._path}: {size} bytes, must be a multiple of {self._dtype.itemsize} above 0 "
-                f"for source.dtype={dtype!r}"
+                f"source.root={root!r}: no file {single} (there: {present}) and no .bin file in "
+                f"{folder / split}"
             )
-        super().__init__(list(self._sizes(end)), length)
+        for path in self._files:
+            size = path.stat().st_size
+            if not size or size % self._dtype.itemsize:
+                raise RecipeError(
+                    f"{path}: {size} bytes, must be a multiple of {self._dtype.itemsize} above 0 "
+                    f"for source.dtype={dtype!r}"
+                )
+        self._firsts: list[int] = []  # documents before each file
+        sizes: list[int] = []
+        for number in range(len(self._files)):
+            self._firsts.append(len(sizes))
+            sizes += self._sizes(number, end)
+        super().__init__(sizes, length)
 
-    def _open(self):
-        return np.memmap(self._path, self._dtype, mode="r")
+    def locate(self, index: int) -> str:
+        """Return the path of the file in which a text begins."""
+        return str(self._files[self._file(self._first_document(index))])
 
-    def _sizes(self, end):
-        tokens = self._open()
+    def _file(self, document):
+        return bisect.bisect_right(self._firsts, document) - 1
+
+    def _open(self, number):
+        return np.memmap(self._files[number], self._dtype, mode="r")
+
+    def _sizes(self, number, end):
+        tokens = self._open(number)
         if end < 0:
-            yield len(tokens)
-            return
-        last = 0
+            return [len(tokens)]
+        sizes, last = [], 0
         for start in range(0, len(tokens), _BLOCK):
             for place in np.flatnonzero(tokens[start : start + _BLOCK] == end):
-                yield start + int(place) + 1 - last
+                sizes.append(start + int(place) + 1 - last)
                 last = start + int(place) + 1
-        if last < len(tokens):
-            yield len(tokens) - last
+        return sizes + [len(tokens) - last] * (last < len(tokens))
 
     def _read(self, number, offset, count):
-        begin = (self._ends[number - 1] if number else 0) + offset
-        return np.array(self._open()[begin : begin + count], np.int32)
+        file = self._file(number)
+        before = lambda document: self._ends[document - 1] if document else 0
+        begin = before(number) - before(self._firsts[file]) + offset
+        return np.array(self._open(file)[begin : begin + count], np.int32)
 
 
 class JsonLines(PackedTokens):

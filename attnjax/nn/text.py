@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of pre-norm decoders with rotary positions (LLaMA, Mistral, Qwen2), stacked by a scan."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,14 +17,21 @@ from attnjax.nn.initializers import LINEAR, TABLE
 from attnjax.nn.norm import RMSNorm
 from attnjax.nn.pattern_attention import Attention
 from attnjax.ops import mask as masks
-from attnjax.ops.cache import Cache, append_and_attend
-from attnjax.ops.efficient import PatternAttention, Stream
+from attnjax.ops.cache import append_and_attend
+from attnjax.ops.efficient import PatternAttention
 from attnjax.ops.positions import rotate
+from attnjax.ops.relaxed import fold_batch, unfold_batch
 from attnjax.parallel.constrain import constrain, gather
 from attnjax.typing import Array
 
 HIDDEN = "hidden"
 """Collection that receives hidden states: pass `mutable=["hidden"]` to `apply`."""
+
+LOGITS = "logits"
+"""Collection that receives how large scores become: pass `mutable=["logits"]` to `apply`."""
+
+_FIRST = {"reduce_fn": lambda kept, new: kept or (new,)}
+"""Options of `sow` for a module that may be called again, for another stream."""
 
 INPUT = "decoder_layer_input"
 """Name of a layer's input `[b, t, d]` for checkpoint policies."""
@@ -94,7 +103,8 @@ def starts(segments: Array) -> Array:
 class RotaryAttention(nn.Module):
     """Grouped-query self-attention with rotary positions (half-split) and no output bias.
 
-    When the collection "attention" is mutable, the probabilities `[b,n,t,s]` are sown there.
+    When the collection "attention" is mutable, the probabilities `[b,n,t,s]` are sown there; when
+    "logits" is, the sizes `[b,n]` of the largest visible scores. Subclasses mix otherwise.
 
     Attributes:
       heads: query heads n and key/value heads k; head i uses key/value head `i // (n // k)`.
@@ -102,6 +112,8 @@ class RotaryAttention(nn.Module):
       window: tokens that a query sees, its own included; None: all before.
       rope_base: of the rotary wavelengths.
       qkv_bias: biases on query, key and value.
+      head_epsilon: of an RMS norm of every query and key before they are rotated, as in Qwen3;
+        None: there is none.
       dtype: compute dtype.
       implementation: passed to `nn.attend`.
     """
@@ -111,6 +123,7 @@ class RotaryAttention(nn.Module):
     window: int | None = None
     rope_base: float = 10_000.0
     qkv_bias: bool = False
+    head_epsilon: float | None = None
     dtype: str = "float32"
     implementation: str | None = None
 
@@ -121,24 +134,29 @@ class RotaryAttention(nn.Module):
         positions: Array,
         segments: Array | None = None,
         lengths: Array | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Array, Cache | None]:
+        cache: Any = None,
+        source: Array | None = None,
+    ) -> tuple[Array, Any, dict[str, Array]]:
         """Attend among tokens, or from new tokens to a cache and themselves.
 
         Args:
           x: `[b, t, d]`.
-          positions: int `[b, t]`.
+          positions: int `[b, t]`, or `[1, t]` where all examples have the same.
           segments: int `[b, t]`; tokens see only those of their own number. Not with a cache.
           lengths: int `[b]`, tokens that count, with a cache; all if None.
-          cache: keys and values of earlier tokens.
+          cache: keys and values of earlier tokens; of one example whose values lie side by side,
+            see `ops.relaxed.fold_batch`, where the source has a batch of one.
+          source: `[b, t, d]` what queries and keys are made of; x if None. With a batch of one, all
+            examples have the same map, which is computed once.
 
         Returns:
-          `[b, t, d]` and the cache afterwards.
+          `[b, t, d]`, the cache afterwards, and measures of the mixing by name.
         """
         (n, k), d = self.heads, x.shape[-1]
         h = d // n
+        source = x if source is None else source
 
-        def project(name, heads):
+        def project(name, x, heads):
             bias_shape = (heads, h) if self.qkv_bias else None
             kernel, bias = Projection((d, heads, h), bias_shape, self.dtype, name=name)()
             kernel_dnh = gather(kernel, None, "heads", None)
@@ -147,31 +165,87 @@ class RotaryAttention(nn.Module):
             return constrain(out_btnh, "batch", "sequence", "heads", None)
 
         query_btnh, key_bskh, value_bskh = (
-            project("query", n),
-            project("key", k),
-            project("value", k),
+            project("query", source, n),
+            project("key", source, k),
+            project("value", x, k),
         )
-        query_btnh = rotate(query_btnh, positions, base=self.rope_base)
-        key_bskh = rotate(key_bskh, positions, base=self.rope_base)
+        if self.head_epsilon is not None:
+            normalise = lambda x, name: RMSNorm(self.head_epsilon, self.dtype, name=name)(x)
+            query_btnh = normalise(query_btnh, "query_norm")
+            key_bskh = normalise(key_bskh, "key_norm")
+        out_btnh, cache, measures = self.mix(
+            query_btnh, key_bskh, value_bskh, positions, segments, lengths, cache
+        )
+        kernel, _ = Projection((n, h, d), None, self.dtype, name="out")()
+        kernel_nhd = gather(kernel, "heads", None, None)
+        return jnp.einsum("btnh,nhd->btd", out_btnh, kernel_nhd), cache, measures
+
+    def mix(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        positions: Array,
+        segments: Array | None,
+        lengths: Array | None,
+        cache: Any,
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """Average values; what subclasses replace.
+
+        Args:
+          query: `[b,t,n,h]`, or with a batch of one.
+          key: `[b,t,k,h]`, likewise.
+          value: `[b,t,k,h]`.
+          positions, segments, lengths, cache: as in `__call__`.
+
+        Returns:
+          `[b,t,n,h]`, the cache afterwards, and measures by name.
+        """
+        query, key = self.turn(query, positions), self.turn(key, positions)
+        b = value.shape[0]
+        is_shared = query.shape[0] < b
+        value = fold_batch(value) if is_shared else value
         options = {}
-        capture = self.is_mutable_collection(CAPTURE) and not self.is_initializing()
-        if capture:
+        if self.is_captured(CAPTURE):
             options["return_probabilities"] = True
+        if self.is_captured(LOGITS):
+            options["return_scores"] = True
         if cache is None:
-            mask = self._mask(segments)
             result = attend(
-                query_btnh, key_bskh, value_bskh,
-                mask=mask, implementation=self.implementation, **options,
+                query, key, value,
+                mask=self._mask(segments), implementation=self.implementation, **options,
             )  # fmt: skip
         else:
-            result, cache = append_and_attend(
-                query_btnh, key_bskh, value_bskh, cache, lengths=lengths, **options
-            )
-        if capture:
-            self.sow(CAPTURE, "probabilities", result.probabilities)
-        out_btnh = result.out if capture else result
-        kernel, _ = Projection((n, h, d), None, self.dtype, name="out")()
-        return jnp.einsum("btnh,nhd->btd", out_btnh, gather(kernel, "heads", None, None)), cache
+            result, cache = append_and_attend(query, key, value, cache, lengths=lengths, **options)
+        if options:
+            self.capture(result.probabilities, result.scores, b)
+        out_btnh = result.out if options else result
+        return (unfold_batch(out_btnh, b) if is_shared else out_btnh), cache, {}
+
+    def turn(self, x: Array, positions: Array) -> Array:
+        """Rotate `x [b,t,n,h]` by its positions."""
+        return rotate(x, positions, base=self.rope_base)
+
+    def is_captured(self, collection: str) -> bool:
+        """Whether what belongs into a collection is wanted."""
+        return self.is_mutable_collection(collection) and not self.is_initializing()
+
+    def capture(self, probabilities: Array | None, scores: Array | None, batch: int) -> None:
+        """Sow a map, and the size of the largest of its scores.
+
+        Of a module that is called again, for another stream, only the first call is kept.
+
+        Args:
+          probabilities: `[b,n,t,s]`, or with a batch of one; None: they are not wanted.
+          scores: likewise, -inf where they are masked.
+          batch: b.
+        """
+        if probabilities is not None:
+            shape = (batch, *probabilities.shape[1:])
+            self.sow(CAPTURE, "probabilities", jnp.broadcast_to(probabilities, shape), **_FIRST)
+        if scores is not None:
+            size_bnts = jnp.where(jnp.isfinite(scores), jnp.abs(scores), 0)
+            self.sow(LOGITS, "largest", jnp.max(size_bnts, axis=(2, 3)), **_FIRST)
 
     def _mask(self, segments):
         mask = None
@@ -218,6 +292,7 @@ class DecoderLayer(nn.Module):
       epsilon: of the norms.
       experts: a mixture of experts instead of one `SwiGlu`.
       pattern: attends instead of `RotaryAttention`, with as many heads as that has query heads.
+      mixer: makes the module that attends instead, given its name; called as `RotaryAttention`.
       dtype: compute dtype.
     """
 
@@ -230,6 +305,7 @@ class DecoderLayer(nn.Module):
     epsilon: float = 1e-5
     experts: ExpertOptions | None = None
     pattern: PatternAttention | None = None
+    mixer: Callable[..., nn.Module] | None = None
     dtype: str = "float32"
     implementation: str | None = None
 
@@ -240,23 +316,27 @@ class DecoderLayer(nn.Module):
         positions: Array,
         segments: Array | None,
         lengths: Array | None,
-        cache: Cache | Stream | None,
-    ) -> tuple[Array, tuple[Cache | Stream | None, dict[str, Array]]]:
+        cache: Any,
+        source: Array | None = None,
+    ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         """Map `x [b, t, d]`; arguments as in `RotaryAttention`, padding is segment 0.
 
-        A pattern counts positions itself and goes on from a `Stream`.
+        A pattern counts positions itself and goes on from an `ops.efficient.Stream`. The norm
+        before the attention is the source's, too.
 
         Returns:
-          `[b, t, d]`; and the cache afterwards with what `Experts` measures, empty without.
+          `[b, t, d]`; and the cache afterwards with what mixer and `Experts` measure.
         """
         if self.is_mutable_collection(HIDDEN) and not self.is_initializing():
-            self.sow(HIDDEN, "input", x)
+            self.sow(HIDDEN, "input", x, **_FIRST)
         x = checkpoint_name(x, INPUT)
-        normal_btd = RMSNorm(self.epsilon, self.dtype, name="attention_norm")(x)
-        branch_btd, cache = self._attend(normal_btd, positions, segments, lengths, cache)
+        norm = RMSNorm(self.epsilon, self.dtype, name="attention_norm")
+        source = None if source is None else norm(source)
+        branch_btd, cache, measures = self._attend(
+            norm(x), positions, segments, lengths, cache, source
+        )
         x = constrain(x + branch_btd, "batch", "sequence", None)
         normal_btd = RMSNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
-        measures: dict[str, Array] = {}
         if self.experts is None:
             branch_btd = SwiGlu(self.hidden, self.dtype, name="mlp")(normal_btd)
         else:
@@ -264,26 +344,28 @@ class DecoderLayer(nn.Module):
             if lengths is not None:
                 valid = jnp.arange(x.shape[1]) < lengths[:, None]
             stage = Experts(self.hidden, self.experts, self.dtype, name="experts")
-            branch_btd, measures = stage(normal_btd, valid)
+            branch_btd, more = stage(normal_btd, valid)
+            measures = measures | more
         return constrain(x + branch_btd, "batch", "sequence", None), (cache, measures)
 
-    def _attend(self, x_btd, positions, segments, lengths, cache):
+    def _attend(self, x_btd, positions, segments, lengths, cache, source):
         if self.pattern is None:
-            mixer = RotaryAttention(
-                self.heads, self.is_causal, self.window, self.rope_base, self.qkv_bias,
-                self.dtype, self.implementation, name="attention",
+            own = functools.partial(
+                RotaryAttention, self.heads, self.is_causal, self.window, self.rope_base,
+                self.qkv_bias, dtype=self.dtype, implementation=self.implementation,
             )  # fmt: skip
-            return mixer(x_btd, positions, segments, lengths, cache)
+            mixer = (self.mixer or own)(name="attention")
+            return mixer(x_btd, positions, segments, lengths, cache, source)
         attention = Attention(
             self.pattern, self.heads[0], kernel_init=LINEAR, dtype=self.dtype,
             implementation=self.implementation, name="attention",
         )  # fmt: skip
         if cache is not None:
-            return attention.extend(x_btd, cache)
+            return *attention.extend(x_btd, cache), {}
         if segments is None:
-            return attention(x_btd), None
+            return attention(x_btd), None, {}
         mask = masks.segments(segments, segments)
-        return attention(x_btd, query_valid=segments > 0, mask=mask), None
+        return attention(x_btd, query_valid=segments > 0, mask=mask), None, {}
 
 
 def decoder_stack(depth: int, remat: str, **fields) -> nn.Module:
@@ -303,7 +385,7 @@ def decoder_stack(depth: int, remat: str, **fields) -> nn.Module:
         layer = nn.remat(layer, policy=REMATS[remat], prevent_cse=False)
     stacked = nn.scan(
         layer,
-        variable_axes={"params": 0, CAPTURE: 0, HIDDEN: 0},
+        variable_axes={"params": 0, CAPTURE: 0, HIDDEN: 0, LOGITS: 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
         out_axes=0,

@@ -13,7 +13,8 @@ bicubic_resize      resampling of pictures
 cache               keys and values of a stream, kept from step to step
 
 `attnjax.ops.bias` holds biases that are functions of position, `attnjax.ops.positions` rotary
-positions and norms of queries and keys, `attnjax.ops.mixers` token mixers of all families by name.
+positions and norms of queries and keys, `attnjax.ops.mixers` token mixers of all families by name,
+`attnjax.ops.relaxed` attention with one principle given up.
 """
 
 from attnjax.ops import cache, mask, normalizers

@@ -3,12 +3,13 @@
 
     weights[t, s] = phi(q_t) . phi(k_s) / sum_s phi(q_t) . phi(k_s)
 
-`feature_attention` takes the features; `positive_features` are those of Performers (Choromanski et
-al., "Rethinking Attention with Performers", arXiv 2009.14794, Eq. 5 and Lemma 1),
-`cosine_weighted` those of cosFormer (Qin et al., arXiv 2202.08791, Eq. 10).
+`feature_attention` takes the features, `causal_sums` goes on from a state; `positive_features` are
+those of Performers (Choromanski et al., "Rethinking Attention with Performers", arXiv 2009.14794,
+Eq. 5 and Lemma 1), `cosine_weighted` those of cosFormer (Qin et al., arXiv 2202.08791, Eq. 10).
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def feature_attention(
       ValueError: shapes do not fit.
     """
     b, t, n, m = query_features.shape
-    s, h = value.shape[1], value.shape[3]
+    s = value.shape[1]
     if key_features.shape != (b, s, n, m) or value.shape[::2] != (b, n) or (is_causal and t != s):
         raise ValueError(
             f"query features {query_features.shape}, key features {key_features.shape} and value "
@@ -158,40 +159,109 @@ def feature_attention(
     query_btnm, key_bsnm, value_bsnh = (
         x.astype(jnp.float32) for x in (query_features, key_features, value)
     )
-    divide = lambda out_btnh, total_btn: (
-        out_btnh / (jnp.maximum(total_btn, floor)[..., None] + epsilon)
-        if is_normalized
-        else out_btnh
-    )
-    if not is_causal:
+    if is_causal:
+        out_btnh, total_btn, _ = causal_sums(query_btnm, key_bsnm, value_bsnh, chunk=chunk)
+    else:
         summary_bnmh = jnp.einsum("bsnm,bsnh->bnmh", key_bsnm, value_bsnh)
         total_btn = jnp.einsum("btnm,bnm->btn", query_btnm, key_bsnm.sum(axis=1))
-        return divide(jnp.einsum("btnm,bnmh->btnh", query_btnm, summary_bnmh), total_btn)
+        out_btnh = jnp.einsum("btnm,bnmh->btnh", query_btnm, summary_bnmh)
+    if not is_normalized:
+        return out_btnh
+    return out_btnh / (jnp.maximum(total_btn, floor)[..., None] + epsilon)
+
+
+def causal_sums(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    features: Callable[[Array], Array] = lambda x: x,
+    products: Callable[[Array], Array] | None = None,
+    segments: Array | None = None,
+    start: tuple[Array, Array] | None = None,
+    chunk: int = 128,
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Return numerator and denominator of causal attention with weights phi(q) . phi(k).
+
+    sums_t = phi(q_t) sum_{s <= t} phi(k_s) v_s^T        totals_t = phi(q_t) . sum_{s <= t} phi(k_s)
+
+    Features of one chunk of tokens exist at a time.
+
+    Args:
+      query: `[b,t,n,h]`.
+      key: `[b,t,n,h]`.
+      value: `[b,t,n,hv]`.
+      features: phi, takes `[...,h]` float32 to `[...,m]`.
+      products: takes q . k to phi(q) . phi(k), where these depend on nothing else: tokens of one
+        chunk then meet without their features.
+      segments: int `[b,t]`, equal for neighbours that belong together: tokens see those of their
+        own segment only.
+      start: the state that a call with the tokens before these has returned; not with segments.
+      chunk: tokens handled at once.
+
+    Returns:
+      sums `[b,t,n,hv]` and totals `[b,t,n]`, float32, and the state after the last token: sums
+      `[b,n,m,hv]` of phi(k) v^T and `[b,n,m]` of phi(k), of its segment.
+
+    Raises:
+      ValueError: segments are given together with a state.
+    """
+    if segments is not None and start is not None:
+        raise ValueError("causal_sums: segments do not go on from a state")
+    b, t, n, _ = query.shape
     size = min(chunk, t)
-    pad = ((0, 0), (0, -t % size), (0, 0), (0, 0))
-    parts = [
-        jnp.moveaxis(jnp.pad(x, pad).reshape(b, -1, size, n, x.shape[3]), 1, 0)
-        for x in (query_btnm, key_bsnm, value_bsnh)
-    ]
+    count = -(-t // size)
+
+    def cut(x, mode="constant"):
+        pad = ((0, 0), (0, count * size - t), *(((0, 0),) * (x.ndim - 2)))
+        parts = jnp.pad(x, pad, mode=mode).reshape(x.shape[0], count, size, *x.shape[2:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    # Keys that fill the last chunk up have the features of zeros, which need not be zero.
+    is_token = (jnp.arange(count * size) < t).astype(jnp.float32).reshape(count, size)
+    parts = [cut(x.astype(jnp.float32)) for x in (query, key, value)]
+    parts += [is_token, None if segments is None else cut(segments, "edge")]
     is_past = jnp.tril(jnp.ones((size, size), bool))
+    if start is None:
+        m = jax.eval_shape(features, jax.ShapeDtypeStruct((key.shape[3],), jnp.float32)).shape[0]
+        start = (jnp.zeros((b, n, m, value.shape[3]), jnp.float32), jnp.zeros((b, n, m)))
+    start = tuple(x.astype(jnp.float32) for x in start)
 
     def step(carry, part):
-        summary_bnmh, total_bnm = carry
-        query, key, value = part
-        scores_bnts = jnp.einsum("btnm,bsnm->bnts", query, key) * is_past
+        summary_bnmh, total_bnm, last_b = carry
+        query, key, value, is_token, segment_bt = part
+        scores_bnts = None
+        if products is not None:
+            scores_bnts = products(jnp.einsum("btnh,bsnh->bnts", query, key)) * is_token
+        query, key = features(query), features(key) * is_token[:, None, None]
+        seen, own = is_past, key
+        if segment_bt is not None:
+            seen = is_past & (segment_bt[:, None, :, None] == segment_bt[:, None, None, :])
+            before = (segment_bt == last_b[:, None])[..., None]
+            goes_on_b = last_b == segment_bt[:, -1]
+            own = key * (segment_bt == segment_bt[:, -1:])[..., None, None]
+            last_b = segment_bt[:, -1]
+        if scores_bnts is None:
+            scores_bnts = jnp.einsum("btnm,bsnm->bnts", query, key)
+        scores_bnts = scores_bnts * seen
         out_btnh = jnp.einsum("bnts,bsnh->btnh", scores_bnts, value)
-        out_btnh += jnp.einsum("btnm,bnmh->btnh", query, summary_bnmh)
-        total_btn = jnp.moveaxis(scores_bnts.sum(axis=-1), 1, 2)
-        total_btn += jnp.einsum("btnm,bnm->btn", query, total_bnm)
-        carry = (
-            summary_bnmh + jnp.einsum("bsnm,bsnh->bnmh", key, value),
-            total_bnm + key.sum(axis=1),
+        sums_btn = jnp.moveaxis(scores_bnts.sum(axis=-1), 1, 2)
+        old_btnh = jnp.einsum("btnm,bnmh->btnh", query, summary_bnmh)
+        old_btn = jnp.einsum("btnm,bnm->btn", query, total_bnm)
+        if segment_bt is not None:
+            old_btnh, old_btn = old_btnh * before[..., None], old_btn * before
+            summary_bnmh = summary_bnmh * goes_on_b[:, None, None, None]
+            total_bnm = total_bnm * goes_on_b[:, None, None]
+        summary_bnmh = summary_bnmh + jnp.einsum("bsnm,bsnh->bnmh", own, value)
+        return (summary_bnmh, total_bnm + own.sum(axis=1), last_b), (
+            out_btnh + old_btnh,
+            sums_btn + old_btn,
         )
-        return carry, divide(out_btnh, total_btn)
 
-    start = (jnp.zeros((b, n, m, h), jnp.float32), jnp.zeros((b, n, m), jnp.float32))
-    _, out = jax.lax.scan(step, start, tuple(parts))
-    return jnp.moveaxis(out, 0, 1).reshape(b, -1, n, h)[:, :t]
+    first_b = None if segments is None else segments[:, 0]
+    (*state, _), (out, totals) = jax.lax.scan(step, (*start, first_b), tuple(parts))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, count * size, *x.shape[3:])[:, :t]
+    return join(out), join(totals), tuple(state)
 
 
 def linear_attention(

@@ -50,6 +50,14 @@ COUNTS = {
         "qwen2_05b": 494_032_768,
         "tiny": 106_816,
     },
+    # No code was found: counted by hand from the paper's sizes.
+    "deconstructing_attention": {
+        "70m": 50_937_344,
+        "160m": 151_926_528,
+        "500m": 436_037_504,
+        "500m-gqa": 402_970_496,
+        "1.7b": 1_732_895_744,
+    },
     "encoder": {
         "bert_base": 109_514_298,
         "bert_large": 335_174_458,

@@ -30,6 +30,22 @@ def test_packed_tokens_are_cut_into_windows_with_their_documents(tmp_path, dtype
     assert whole[1]["segments"].tolist() == [1, 1, 1, 1]
 
 
+def test_files_of_a_folder_follow_each_other(tmp_path):
+    (tmp_path / "train").mkdir()
+    tokens = np.arange(11) + 60_000
+    for name, part in (("b", tokens[7:]), ("a", tokens[:7])):
+        part.astype(np.uint16).tofile(tmp_path / f"train/{name}.bin")
+    source = PackedTokens(str(tmp_path), length=4)
+    assert len(source) == 3 and source.locate(0).endswith("a.bin")
+    assert source.locate(2).endswith("b.bin")
+    read = [source[i] for i in range(3)]
+    assert np.concatenate([x["tokens"] for x in read])[:11].tolist() == tokens.tolist()
+    assert read[1]["segments"].tolist() == [1, 1, 1, 2] and read[0]["tokens"].dtype == np.int32
+    cut = PackedTokens(str(tmp_path), length=4, end=60_008)
+    assert [x["segments"].tolist() for x in (cut[1], cut[2])] == [[1, 1, 1, 2], [1, 2, 2, 0]]
+    assert cut[2]["tokens"].tolist() == [60_008, 60_009, 60_010, 0]
+
+
 def test_packing_is_undone_by_reading(tmp_path):
     tokenizer = make_tokenizer("bytes", 4)
     count = pack(TEXTS, tmp_path / "val.bin", tokenizer, 2, "uint16")
