@@ -99,7 +99,7 @@ def test_it_equals_a_loop_in_float64(name, t):
 @pytest.mark.parametrize("name", ["cumulative", "taylor-joint-diagonal"])
 def test_grouped_heads_share_keys_and_values(name):
     query, key, value = draw(7, n=4, k=2)
-    close(OPS[name][0](query, key, value), loop(query, key, value, OPS[name][1]))
+    close(COMPILED[name](query, key, value), loop(query, key, value, OPS[name][1]))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -167,13 +167,14 @@ def test_shared_map_is_ordinary_attention_with_queries_and_keys_repeated():
 
 def test_cumulative_map_is_the_map():
     query, key, value = draw(9)
-    weights = cumulative_map(query, key)
-    close(np.einsum("bnts,bsnh->btnh", weights, value), cumulative_softmax(query, key, value))
+    map_of = jax.jit(cumulative_map)
+    weights = map_of(query, key)
+    close(np.einsum("bnts,bsnh->btnh", weights, value), COMPILED["cumulative"](query, key, value))
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     segments = np.repeat([[1, 2]], [4, 5], axis=1).repeat(2, axis=0)
     close(
-        np.einsum("bnts,bsnh->btnh", cumulative_map(query, key, segments=segments), value),
-        cumulative_softmax(query, key, value, segments=segments),
+        np.einsum("bnts,bsnh->btnh", map_of(query, key, segments=segments), value),
+        COMPILED["cumulative"](query, key, value, segments=segments),
     )
 
 
