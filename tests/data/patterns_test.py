@@ -70,7 +70,7 @@ def test_copies_repeat_the_token_so_far_before():
 def test_pairs_are_told_before_they_are_completed_and_differ_between_examples():
     options = {"pairs": 4, "asks": 5, "firsts": 6, "seconds": 7}
     source, seen = Induction(**options), set()
-    for index in range(40):
+    for index in range(100):
         tokens, scored = source[index].values()
         assert tokens.shape == scored.shape == (22,) and tokens.max() < source.vocab_size
         told = dict(zip(tokens[0:12:3].tolist(), tokens[1:12:3].tolist(), strict=True))

@@ -165,6 +165,19 @@ def test_shared_map_is_ordinary_attention_with_queries_and_keys_repeated():
         shared_map_attention(repeated[0], key, value)
 
 
+def test_shared_map_exists_once():
+    """Temporaries of 16 examples: one map instead of sixteen."""
+    shapes = [jax.ShapeDtypeStruct((b, 128, 2, 4), jnp.float32) for b in (1, 16, 16)]
+
+    def temporaries(op, query, key, value):
+        run = jax.jit(lambda *x: op(*x, mask=masks.causal()))
+        return run.lower(query, key, value).compile().memory_analysis().temp_size_in_bytes
+
+    one, many, value = shapes
+    shared = temporaries(shared_map_attention, one, one, value)
+    assert shared < temporaries(attention, many, many, value) / 4
+
+
 def test_cumulative_map_is_the_map():
     query, key, value = draw(9)
     map_of = jax.jit(cumulative_map)
