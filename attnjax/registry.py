@@ -56,6 +56,12 @@ SYSTEMS = {
             "attnjax.analysis.icl_linear_regression.measures:circuits_report",
         ),
         System(
+            "landmark",
+            "model",
+            "Landmark attention: blocks of tokens retrieved through trained landmarks",
+            "attnjax.models.landmark:Landmark",
+        ),
+        System(
             "long_context_bench",
             "benchmark",
             "LongCA-bench: masks x kernels x context-parallel attentions",
@@ -95,6 +101,7 @@ TASKS = {
     "completion": "attnjax.tasks.completion:Completion",
     "forecasting": "attnjax.tasks.forecasting:Forecasting",
     "language": "attnjax.tasks.language:LanguageModelling",
+    "long_language": "attnjax.tasks.long_language:LongLanguageModelling",
     "masked_language": "attnjax.tasks.masked_language:MaskedLanguageModelling",
     "next_token": "attnjax.tasks.sequence:NextToken",
     "parallel_speech": "attnjax.tasks.speech:ParallelSpeech",
@@ -117,6 +124,7 @@ SOURCES = {
     "information_exchange": "attnjax.data.synthetic:InformationExchange",
     "information_exchange_images": "attnjax.data.synthetic:InformationExchangeImages",
     "json_lines": "attnjax.data.token_files:JsonLines",
+    "key_recall": "attnjax.data.patterns:KeyRecall",
     "lagged_series": "attnjax.data.series:LaggedSeries",
     "listops": "attnjax.data.sequences:ListOps",
     "lj_speech": "attnjax.data.speech:LjSpeech",

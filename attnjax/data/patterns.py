@@ -291,3 +291,68 @@ class PrefixCount:
         scored = np.zeros(tokens.shape, bool)
         scored[:, -1] = True
         return {"tokens": tokens.ravel().astype(np.int32), "scored": scored.ravel()}
+
+
+class KeyRecall:
+    """Blocks of fillers, one of which holds a key; behind them the question for it.
+
+        ... f f KEY v1 v2 f f f ... ASK KEY v1 v2
+
+    The landmark of a block must tell that the key is in it, and attention must find it there, among
+    as many blocks as there are. Fillers and values are drawn, as is the place. Examples have
+    `tokens` int32 and `scored` bool, `[block * blocks + 4]`: v1 and v2 are to be predicted behind
+    the question.
+
+    Args:
+      split: "train" or "test", never sharing an example.
+      seed: a different data set for every value.
+      size: examples.
+      blocks: D, blocks of fillers.
+      block: tokens of a block, at least 3.
+      fillers: their number; tokens begin at 1.
+      values: number of values; tokens begin behind the fillers.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        size: int = 1_000_000,
+        blocks: int = 8,
+        block: int = 8,
+        fillers: int = 64,
+        values: int = 200,
+    ):
+        for name, value, least in (
+            ("blocks", blocks, 1),
+            ("block", block, 3),
+            ("fillers", fillers, 1),
+            ("values", values, 2),
+        ):
+            if value < least:
+                raise RecipeError(f"source.{name}={value}: must be at least {least}")
+        self._stream, self._seed, self._size = stream(split, seed, size)
+        self._blocks, self._block = blocks, block
+        self._fillers, self._values = fillers, values
+        self.length = blocks * block + 4
+        self.vocab_size = 1 + fillers + values + 2
+
+    @property
+    def chance(self) -> float:
+        """Share of right pairs of who does not see the key."""
+        return 1 / self._values**2
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self._seed, self._stream, index))
+        tokens = rng.integers(1, self._fillers + 1, self.length)
+        values = rng.integers(self._values, size=2) + self._fillers + 1
+        ask, key = self.vocab_size - 1, self.vocab_size - 2
+        place = rng.integers(self._blocks) * self._block + rng.integers(self._block - 2)
+        tokens[place : place + 3] = key, *values
+        tokens[-4:] = ask, key, *values
+        scored = np.zeros(self.length, bool)
+        scored[-2:] = True
+        return {"tokens": tokens.astype(np.int32), "scored": scored}

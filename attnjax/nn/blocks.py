@@ -55,6 +55,7 @@ class Mlp(nn.Module):
       activation: key of `ACTIVATIONS`.
       kernel_init: draws both matrices.
       output_dropout: rate after the second linear map; None: as after the first.
+      use_bias: biases of both linear maps.
     """
 
     hidden: int
@@ -63,13 +64,16 @@ class Mlp(nn.Module):
     activation: str = "gelu"
     kernel_init: Callable[..., Array] = LINEAR
     output_dropout: float | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Map `x [b, t, d]` to `[b, t, d]`."""
         outer = self.dropout if self.output_dropout is None else self.output_dropout
         drop = lambda rate: nn.Dropout(rate, deterministic=not train)
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
+        dense = functools.partial(
+            nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, use_bias=self.use_bias
+        )
         up, down = dense(self.hidden, name="up"), dense(x.shape[-1], name="down")
         hidden_btf = constrain(up(x), "batch", "sequence", "mlp")
         hidden_btf = drop(self.dropout)(ACTIVATIONS[self.activation](hidden_btf))

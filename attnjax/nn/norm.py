@@ -16,16 +16,20 @@ class LayerNorm(nn.Module):
     Attributes:
       epsilon: added to the variance.
       dtype: of the output.
+      use_bias: shift.
     """
 
     epsilon: float = 1e-6
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalise `x [..., d]`; returns the same shape in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        bias: Array | float = 0.0
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)

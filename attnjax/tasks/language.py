@@ -148,9 +148,7 @@ class LanguageModelling(ModelTask):
     def _compare(self, params, batch, **options) -> tuple[TokenLosses, Array, dict[str, Array]]:
         """Return losses of all tokens, which of them count `[b,t]`, and the model's own values."""
         tokens, segments = batch["tokens"], batch.get("segments") if self.packed else None
-        hidden, aux = self.model.apply(
-            {"params": params}, tokens, segments, method="encode", **options
-        )
+        hidden, aux = self._hidden(params, tokens, segments, **options)
         last = tokens.shape[1] - 1
         counts = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < last, tokens.shape)
         if segments is not None:
@@ -167,6 +165,10 @@ class LanguageModelling(ModelTask):
             place=constrain,
         )
         return losses, counts, aux
+
+    def _hidden(self, params, tokens, segments, **options):
+        """Return what the head reads `[b, t, d]`, and the model's own values."""
+        return self.model.apply({"params": params}, tokens, segments, method="encode", **options)
 
     def loss(
         self, params: Params, batch: Batch, key: PRNGKey, step: Array | int

@@ -107,7 +107,7 @@ OPTIONS: dict[tuple[str, str], dict[str, int]] = {
 
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
-        "permutation": {"steps": 300},
+        "permutation": {"steps": 200},
         "masked_language": {"steps": 100},
         "super_resolution": {"steps": 60, "batch": 16, "task.sample_steps": 5},
         "language": {"steps": 100},

@@ -74,6 +74,13 @@ COUNTS = {
         "xl": 1_557_611_200,
         "tiny": 124_672,
     },
+    # Counted by hand from the paper's sizes.
+    "landmark": {
+        "paper": 202_531_840,
+        "baseline_512": 202_531_840,
+        "baseline_360": 202_531_840,
+        "tiny": 115_072,
+    },
     "vit": {
         "tiny": 5_717_416,
         "small": 22_050_664,

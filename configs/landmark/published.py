@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's models trained from nothing on PG-19 or arXiv: Table 1; variants are the presets.
+
+arXiv 2305.16300, Section 4.1: 240,000 steps of 128 texts of 512 slots, landmarks among them. The
+evaluation reads chunks of 250 tokens and retrieves two blocks of fifty. Variants: paper (with
+landmarks), baseline_512, baseline_360.
+
+Run:     python -m launch.train --config=configs/landmark/published.py --workdir=DIR
+         --config.data.source.root=ROOT --config.evals.val.data.source.root=ROOT
+Data:    ROOT/train.bin and ROOT/val.bin, uint16 tokens of GPT-2, 50256 behind every document
+Cost:    not run by us; days on four A100 in the paper
+Expect:  val/perplexity 16.24 at 512 tokens of PG-19 with landmarks, 16.32 without; 15.14 at 2,048
+"""
+
+from attnjax.errors import RecipeError
+from attnjax.recipe import Checkpoint, Data, Evaluation, Optim, Recipe, Report
+from attnjax.registry import nearest
+
+VARIANTS = ("paper", "baseline_512", "baseline_360")
+LENGTHS = {"paper": 502, "baseline_512": 512, "baseline_360": 360}
+LONG = 2_048
+
+
+def get_config(variant: str = "") -> Recipe:
+    variant = variant or "paper"
+    if variant not in VARIANTS:
+        raise RecipeError(f"unknown variant {variant!r}: {nearest(variant, VARIANTS)}")
+    source = {"name": "packed_tokens", "root": "", "length": LENGTHS[variant]}
+    length = LONG if variant == "paper" else LENGTHS[variant]
+    held_out = {**source, "split": "val", "length": length}
+    return Recipe(
+        seed=0,
+        steps=240_000,
+        batch=128,
+        model={"name": "landmark", "preset": variant, "dtype": "bfloat16"},
+        task={"name": "long_language", "chunk": 250, "blocks": 40, "logits_chunk": 64},
+        data=Data(source={**source, "split": "train"}, workers=4),
+        optim=Optim(
+            lr=2e-3,
+            warmup=4_800,
+            warmup_lr=2e-5,
+            end_lr=4e-4,
+            beta2=0.95,
+            weight_decay=1e-3,
+            no_decay=("embedding",),
+            clip=1.0,
+        ),
+        evals={"val": Evaluation(data=Data(source=held_out), every=10_000, batch=8)},
+        checkpoint=Checkpoint(every=5_000, keep=2),
+        report=Report(every=100, samples=0),
+    )

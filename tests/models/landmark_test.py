@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Landmarks in a decoder: the tape, chunks through the cache, what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.data.patterns import KeyRecall
+from attnjax.errors import RecipeError
+from attnjax.models.landmark import PRESETS, Landmark
+from attnjax.ops.landmark_cache import RETRIEVALS
+from attnjax.tasks.long_language import LongLanguageModelling
+
+ATOL = 2e-5
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = Landmark(vocab_size=30, width=32, num_heads=2, hidden=48, block=5, length=60)
+    tokens = np.random.default_rng(0).integers(0, 30, (2, 34)).astype(np.int32)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    return model, jax.tree.map(lambda x: 2 * x, params), tokens
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def read(model, params, tokens, cache, top_k, retrieval=RETRIEVALS[0]):
+    return model.apply(
+        {"params": params}, tokens, cache, top_k=top_k, retrieval=retrieval, method="read"
+    )
+
+
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
+def test_reading_in_chunks_with_enough_blocks_is_reading_whole(network, retrieval):
+    model, params, tokens = network
+    whole, _ = model.apply({"params": params}, tokens, method="encode")
+    cache, parts, at = model.empty_cache(2, 6), [], 0
+    for size in (7, 12, 11, 4):
+        out, cache = read(model, params, tokens[:, at : at + size], cache, 6, retrieval)
+        parts.append(out)
+        at += size
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=ATOL)
+
+
+def test_tokens_see_the_past_alone(network):
+    model, params, tokens = network
+    logits = model.apply({"params": params}, tokens).logits
+    assert logits.shape == (2, 34, 31)
+    later = tokens.copy()
+    later[:, 20:] = (later[:, 20:] + 1) % 30
+    changed = model.apply({"params": params}, later).logits
+    np.testing.assert_allclose(changed[:, :20], logits[:, :20], atol=ATOL)
+    assert np.abs(changed[:, 20:] - logits[:, 20:]).max() > 1e-3
+
+
+def test_windows_end(network):
+    model, params, tokens = network
+    windowed = model.clone(attention="window", window=4)
+    forward = lambda tokens: windowed.apply({"params": params}, tokens).logits
+    logits, early = forward(tokens), tokens.copy()
+    early[:, 0] = (early[:, 0] + 1) % 30
+    # Two layers of 4 tokens reach 6 back.
+    np.testing.assert_allclose(forward(early)[:, 7:], logits[:, 7:], atol=ATOL)
+    assert np.abs(forward(early)[:, :7] - logits[:, :7]).max() > 1e-3
+
+
+def test_gates_are_dropped_in_training_alone(network):
+    model, params, tokens = network
+    dropped = model.clone(group_dropout=0.5)
+    apply = lambda **options: dropped.apply({"params": params}, tokens, **options).logits
+    calm = apply()
+    np.testing.assert_allclose(calm, model.apply({"params": params}, tokens).logits, atol=ATOL)
+    noisy = apply(train=True, rngs={"attention": jax.random.key(1)})
+    np.testing.assert_allclose(noisy[:, :5], calm[:, :5], atol=ATOL)  # the own block has no gate
+    assert np.abs(noisy[:, 6:] - calm[:, 6:]).max() > 1e-3
+
+
+def test_the_papers_model_has_its_size():
+    model = Landmark(**PRESETS["paper"])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 60), np.int32))["params"]
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 202_531_840
+    assert (model.rows, model.landmark) == (50_304, 50_260)
+
+
+@pytest.mark.parametrize("chunk", [9, 10])
+def test_evaluation_reads_chunks_of_any_length(network, chunk):
+    model, params, tokens = network
+    task = LongLanguageModelling(model, chunk=chunk, blocks=8, top_k=8, scored=True)
+    scored = np.zeros(tokens.shape, bool)
+    scored[:, -2:] = True
+    batch = {"tokens": tokens, "scored": scored}
+    task.check(batch)
+    states = {name: state.compute() for name, state in task.evaluate(params, batch).items()}
+    logits = model.apply({"params": params}, tokens).logits
+    log = np.asarray(jax.nn.log_softmax(logits))
+    nll = -np.take_along_axis(log[:, :-1], tokens[:, 1:, None], axis=-1)[:, -2:, 0]
+    np.testing.assert_allclose(states["loss"], nll.mean(), rtol=1e-4)
+    hits = (log[:, :-1].argmax(axis=-1) == tokens[:, 1:])[:, -2:]
+    assert states["exact_match"] == hits.all(axis=1).mean()
+    loss, _ = task.loss(params, batch, jax.random.key(0), 0)
+    np.testing.assert_allclose(loss, nll.mean(), rtol=1e-4)
+
+
+def test_keys_are_told_once_and_asked_for():
+    source = KeyRecall(blocks=4)
+    assert (source.length, source.vocab_size) == (36, 267)
+    places = set()
+    for index in range(50):
+        row = source[index]
+        tokens = row["tokens"]
+        (place,) = np.flatnonzero(tokens[:-4] == 265)
+        np.testing.assert_array_equal(tokens[place : place + 3], tokens[-3:])
+        assert place % 8 <= 5 and tokens[-4] == 266
+        assert row["scored"].sum() == 2 and row["scored"][-2:].all()
+        assert ((tokens[:-4] >= 1) & (tokens[:-4] <= 64)).sum() == 29
+        places.add(place // 8)
+    assert places == {0, 1, 2, 3}
+    with pytest.raises(RecipeError, match=r"source\.block=2"):
+        KeyRecall(block=2)
+
+
+def test_wrong_arguments_are_refused(network):
+    model, params, tokens = network
+    for fields, message in (
+        (dict(attention="full"), "model.attention='full'"),
+        (dict(attention="window"), "model.window=None"),
+        (dict(window=4), "model.window=4"),
+        (dict(group_dropout=1.0), "model.group_dropout=1.0"),
+        (dict(table=(300, 100)), "model.table"),
+        (dict(width=33), "model.width=33"),
+        (dict(block=0), "model.block=0"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Landmark(**fields)
+    with pytest.raises(NotImplementedError, match="segments"):
+        model.apply({"params": params}, tokens, tokens)
+    cache = model.empty_cache(2, 4)
+    with pytest.raises(ValueError, match="read shorter chunks"):
+        read(model, params, np.zeros((2, 50), np.int32), cache, 3)
+    with pytest.raises(ValueError, match="retrieval='all'"):
+        read(model, params, tokens, cache, 1, "all")
+    with pytest.raises(ValueError, match="only landmarks"):
+        model.clone(attention="causal").empty_cache(2, 4)
+    for options, message in (
+        (dict(chunk=0), "task.chunk=0"),
+        (dict(retrieval="all"), "task.retrieval='all'"),
+        (dict(chunk=60), "read shorter chunks"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            LongLanguageModelling(model, **options)
