@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from attnjax.errors import RecipeError
-from attnjax.models import load
+from attnjax.models.load import build as build_model
 from attnjax.recipe import Recipe
 from attnjax.registry import nearest
 
@@ -128,7 +128,10 @@ def _transformers(recipe, threads):
     if recipe.model.get("name") != "decoder":
         raise RecipeError(f"--peer=transformers: no counterpart of {recipe.model.get('name')!r}")
     fields = {k: v for k, v in recipe.model.items() if k not in ("name", "preset", "weights")}
-    model, optim = load.build("decoder", recipe.model.get("preset") or None, **fields), recipe.optim
+    model, optim = (
+        build_model("decoder", recipe.model.get("preset") or None, **fields),
+        recipe.optim,
+    )
     if model.attention != "causal" or model.window or model.experts or model.qkv_bias:
         raise RecipeError("--peer=transformers: only plain LLaMA shapes are compared")
     torch.set_num_threads(threads)

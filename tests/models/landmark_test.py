@@ -32,7 +32,10 @@ def read(model, params, tokens, cache, top_k, retrieval=RETRIEVALS[0]):
     )
 
 
-@pytest.mark.parametrize("retrieval", RETRIEVALS)
+@pytest.mark.parametrize(
+    "retrieval",
+    [RETRIEVALS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in RETRIEVALS[1:])],
+)
 def test_reading_in_chunks_with_enough_blocks_is_reading_whole(network, retrieval):
     model, params, tokens = network
     whole, _ = model.apply({"params": params}, tokens, method="encode")
@@ -84,7 +87,7 @@ def test_the_papers_model_has_its_size():
     assert (model.rows, model.landmark) == (50_304, 50_260)
 
 
-@pytest.mark.parametrize("chunk", [9, 10])
+@pytest.mark.parametrize("chunk", [pytest.param(9, marks=pytest.mark.slow), 10])
 def test_evaluation_reads_chunks_of_any_length(network, chunk):
     model, params, tokens = network
     task = LongLanguageModelling(model, chunk=chunk, blocks=8, top_k=8, scored=True)
