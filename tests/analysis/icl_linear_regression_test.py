@@ -146,7 +146,7 @@ def test_flow_of_many_steps_and_heads():
     np.testing.assert_allclose(theory.opposite_heads_loss(SETTING), 0.221, atol=1e-3)
     rng = np.random.default_rng(3)
     omega, mu = (0.1 * rng.standard_normal(4).astype(np.float32) for _ in range(2))
-    found = theory.flow(omega, mu, SETTING, steps=400_000, every=400_000)
+    found = theory.flow(omega, mu, SETTING, steps=1_000_000, every=1_000_000)
     size = np.abs(found["omega"][-1])
     assert size.max() / size.min() < 1.01
     np.testing.assert_allclose(found["mu"][-1].sum(), 0, atol=1e-3)
@@ -177,12 +177,15 @@ def test_the_best_preconditioner_of_independent_coordinates_is_the_best_step():
     assert predictors.alignment(best, np.eye(5)) > 0.99
 
 
-# Mean squared errors at 10, 40 and 100 examples, from 20,000 to 50,000 prompts.
+# Mean squared errors at 10, 40 and 100 examples, from 20,000 to 50,000 prompts. Those of a step at
+# 10 are exact, with n = L - 1, s = 0.1 and the best step eta of 40 examples:
+#   plain      1 + s - 2 eta + eta^2 (1 + (d + 1 + s d) / L)
+#   debiased   1 + s - 2 eta n / L + eta^2 n (n + d + 1 + s d) / L^2
 RISKS = {
     "two_heads": (0.6039, 0.2430, 0.1638),
     "one_head": (0.8754, 0.4048, 0.2844),
-    "gradient_descent": (0.6434, 0.2407, 0.1622),
-    "debiased": (0.6140, 0.2431, 0.1635),
+    "gradient_descent": (0.6169, 0.2407, 0.1622),
+    "debiased": (0.5957, 0.2431, 0.1635),
     "ridge": (0.1938, 0.1146, 0.1041),
 }
 
