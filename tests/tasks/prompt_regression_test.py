@@ -62,6 +62,10 @@ def test_two_heads_learn_opposite_signs(tmp_path):
     results = {}
     for variant in ("one_head", "two_heads", "four_heads"):
         recipe = recipe_lib.load(f"configs/icl_linear_regression/single_task.py:{variant}")
+        # Eight groups of 32 prompts instead of four of 64, for eight devices.
+        recipe.batch, recipe.model["prompts"] = 8, 32
+        for data in (recipe.data, *(evaluation.data for evaluation in recipe.evals.values())):
+            data.source["prompts"] = 32
         results[variant] = run(recipe, tmp_path / variant).metrics
     one, two, four = (results[name] for name in results)
     assert two["test/median_mse"] <= 0.27
