@@ -71,6 +71,7 @@ def test_writing_over_devices_is_the_same(network, reread):
     np.testing.assert_array_equal(ours, np.repeat(reread[:2], 2, axis=0))
 
 
+@pytest.mark.slow
 def test_beams_of_a_decoder_are_at_least_as_likely_as_greed(network):
     model, params, prompt = network
     _, step, reorder = reader(model, params)

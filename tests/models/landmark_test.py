@@ -87,7 +87,8 @@ def test_the_papers_model_has_its_size():
     assert (model.rows, model.landmark) == (50_304, 50_260)
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(9, marks=pytest.mark.slow), 10])
+@pytest.mark.parametrize("chunk", [9, 10])
+@pytest.mark.slow
 def test_evaluation_reads_chunks_of_any_length(network, chunk):
     model, params, tokens = network
     task = LongLanguageModelling(model, chunk=chunk, blocks=8, top_k=8, scored=True)

@@ -103,6 +103,7 @@ def test_replicas_divided_over_devices_give_the_same():
     np.testing.assert_allclose(ours, alone, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_remat_are_near():
     model = RegressionAttention(prompts=2, length=6)
     inputs = inputs_of(model)

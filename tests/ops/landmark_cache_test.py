@@ -220,6 +220,7 @@ def test_what_is_pushed_out_does_not_matter_to_the_rest():
     assert sorted(ages.tolist()) == [0, 1, 2, 3, 4] and bool(valid.all())
 
 
+@pytest.mark.slow
 def test_blocks_on_the_host_give_the_same():
     query, key, value = arrays(25, seed=2)
     chunks = (7, 9, 9)

@@ -56,6 +56,7 @@ def test_log_likelihoods_are_sums_over_the_continuation(scorer):
     assert scorer(pairs) == [value for value, _ in found]
 
 
+@pytest.mark.slow
 def test_greedy_continuations_are_the_likeliest(scorer):
     prompts = ["abc", "a much longer prompt than fits"]
     written = scorer.write(prompts, 5)
