@@ -43,8 +43,7 @@ class WindowPermutation:
             raise RecipeError(
                 f"source.length={length}: must be a multiple of twice distance={distance}"
             )
-        if symbols < 2:
-            raise RecipeError(f"source.symbols={symbols}: must be at least 2")
+        _check_least(symbols=(symbols, 2))
         self._stream, self._seed, self._size = stream(split, seed, size)
         self._length, self._symbols = length, symbols
         place = np.arange(length)
@@ -95,13 +94,11 @@ class AssociativeRecall:
         values: int = 4,
         distance: int = 32,
     ):
-        for name, value, least in (
-            ("keys", keys, 1),
-            ("values", values, 2),
-            ("distance", distance, 0),
-        ):
-            if value < least:
-                raise RecipeError(f"source.{name}={value}: must be at least {least}")
+        _check_least(
+            keys=(keys, 1),
+            values=(values, 2),
+            distance=(distance, 0),
+        )
         self._stream, self._seed, self._size = stream(split, seed, size)
         self._keys, self._values, self._distance = keys, values, distance
         self.length = 3 * keys + distance
@@ -156,8 +153,7 @@ class CopyBack:
     ):
         if not 1 <= distance < length:
             raise RecipeError(f"source.distance={distance}: must be below length={length}")
-        if symbols < 2:
-            raise RecipeError(f"source.symbols={symbols}: must be at least 2")
+        _check_least(symbols=(symbols, 2))
         self._stream, self._seed, self._size = stream(split, seed, size)
         self._distance, self._symbols, self.length = distance, symbols, length
         self.vocab_size = symbols + 1
@@ -210,14 +206,12 @@ class Induction:
         seconds: int = 8,
         echoes: bool = False,
     ):
-        for name, value, least in (
-            ("pairs", pairs, 2),
-            ("asks", asks, 1),
-            ("firsts", firsts, pairs),
-            ("seconds", seconds, pairs),
-        ):
-            if value < least:
-                raise RecipeError(f"source.{name}={value}: must be at least {least}")
+        _check_least(
+            pairs=(pairs, 2),
+            asks=(asks, 1),
+            firsts=(firsts, pairs),
+            seconds=(seconds, pairs),
+        )
         self._stream, self._seed, self._size = stream(split, seed, size)
         self._pairs, self._asks, self._firsts, self._seconds = pairs, asks, firsts, seconds
         self._echoes = echoes
@@ -271,9 +265,7 @@ class PrefixCount:
         blocks: int = 4,
         bits: int = 7,
     ):
-        for name, value in (("blocks", blocks), ("bits", bits)):
-            if value < 1:
-                raise RecipeError(f"source.{name}={value}: must be at least 1")
+        _check_least(blocks=(blocks, 1), bits=(bits, 1))
         self._stream, self._seed, self._size = stream(split, seed, size)
         self._blocks, self._bits = blocks, bits
         self.length = blocks * (bits + 2)
@@ -323,14 +315,12 @@ class KeyRecall:
         fillers: int = 64,
         values: int = 200,
     ):
-        for name, value, least in (
-            ("blocks", blocks, 1),
-            ("block", block, 3),
-            ("fillers", fillers, 1),
-            ("values", values, 2),
-        ):
-            if value < least:
-                raise RecipeError(f"source.{name}={value}: must be at least {least}")
+        _check_least(
+            blocks=(blocks, 1),
+            block=(block, 3),
+            fillers=(fillers, 1),
+            values=(values, 2),
+        )
         self._stream, self._seed, self._size = stream(split, seed, size)
         self._blocks, self._block = blocks, block
         self._fillers, self._values = fillers, values
@@ -356,3 +346,10 @@ class KeyRecall:
         scored = np.zeros(self.length, bool)
         scored[-2:] = True
         return {"tokens": tokens.astype(np.int32), "scored": scored}
+
+
+def _check_least(**values: tuple[int, int]) -> None:
+    """Refuse the first value, given with the least that it may be, that is below it."""
+    for name, (value, least) in values.items():
+        if value < least:
+            raise RecipeError(f"source.{name}={value}: must be at least {least}")

@@ -224,23 +224,50 @@ def attend_blocks(
     position = slots[..., None] * block + jnp.arange(block)
     position = jnp.broadcast_to(position, (b, n, w, k, block)).reshape(b * n * w, k * block)
     key = rotate(key.reshape(b * n * w, k * block, 1, h), position).reshape(key.shape)
-    form = "bmnh,bnmkph->bnmkp" if w > 1 or query.shape[1] == 1 else "bmnh,bnkph->bnmkp"
-    pick = (lambda x: x) if "bnmkph" in form else (lambda x: x[:, :, 0])
-    scores_bnmkp = scale * jnp.einsum(form, query, pick(key), preferred_element_type=jnp.float32)
+    # Blocks of all tokens alike need no axis of tokens.
+    is_shared = w == 1
+    own = "bnkp" if is_shared else "bnmkp"
+    if is_shared:
+        key, value = key[:, :, 0], value[:, :, 0]
+    scores_bnmkp = scale * jnp.einsum(
+        f"bmnh,{own}h->bnmkp", query, key, preferred_element_type=jnp.float32
+    )
     weights, _ = softmax(scores_bnmkp[..., :-1])
     gate, lse_bnm = softmax(jnp.where(valid, scores_bnmkp[..., -1], -jnp.inf))
-    weights = weights * gate[..., None]
-    form = "bnmkp,bnmkph->bmnh" if "bnmkph" in form else "bnmkp,bnkph->bmnh"
-    out_bmnh = jnp.einsum(form, weights, pick(value)[..., :-1, :].astype(jnp.float32))
+    out_bmnh = jnp.einsum(
+        f"bnmkp,{own}h->bmnh", weights * gate[..., None], value[..., :-1, :].astype(jnp.float32)
+    )
     return out_bmnh, lse_bnm
 
 
 def attend_local(
-    query: Array, key: Array, value: Array, *, block: int, scale: float
-) -> tuple[Array, Array]:
-    """Attend to the incomplete block and the chunk, both rotated: `landmark_attention` with lse."""
-    out, lse = landmark_attention(query, key, value, block=block, scale=scale, return_lse=True)
-    return out.astype(jnp.float32), lse
+    query: Array, key: Array, value: Array, tail: tuple[Array, Array], start: Array | int,
+    *, block: int, rotate: Rotate, scale: float,
+) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:  # fmt: skip
+    """Attend to the incomplete block and the chunk behind it.
+
+    Args:
+      query: `[b,m,n,h]`, not rotated.
+      key: `[b,m,k,h]`, not rotated.
+      value: `[b,m,k,hv]`.
+      tail: keys and values of the incomplete block.
+      start: position of its first slot.
+      block: l + 1, slots of a block.
+      rotate: turns queries and keys to positions.
+      scale: factor of the scores.
+
+    Returns:
+      The rotated query; `out [b,m,n,hv]` float32 with its log-sum-exp; and keys and values of both
+      together, not rotated.
+    """
+    key = jnp.concatenate([tail[0].astype(key.dtype), key], axis=1)
+    value = jnp.concatenate([tail[1].astype(value.dtype), value], axis=1)
+    positions = jnp.broadcast_to(start + jnp.arange(key.shape[1]), key.shape[:2])
+    turned = rotate(query, positions[:, tail[0].shape[1] :])
+    out, lse = landmark_attention(
+        turned, rotate(key, positions), value, block=block, scale=scale, return_lse=True
+    )
+    return turned, (out.astype(jnp.float32), lse), (key, value)
 
 
 def read_chunk(
@@ -275,18 +302,14 @@ def read_chunk(
     """
     if top_k < 0:
         raise ValueError(f"top_k={top_k}: must be at least 0")
-    (b, _, n, h), heads = query.shape, key.shape[2]
+    (n, h), heads = query.shape[2:], key.shape[2]
     scale = h**-0.5 if scale is None else scale
-    local_key = jnp.concatenate([cache.tail_key.astype(key.dtype), key], axis=1)
-    local_value = jnp.concatenate([cache.tail_value.astype(value.dtype), value], axis=1)
     start = chunk_start(cache.cached, top_k, cache.block)
-    positions = jnp.broadcast_to(start + jnp.arange(local_key.shape[1]), (b, local_key.shape[1]))
-    turned = rotate(query, positions[:, cache.phase :])
-    parts = [
-        attend_local(
-            turned, rotate(local_key, positions), local_value, block=cache.block, scale=scale
-        )
-    ]
+    turned, local, _ = attend_local(
+        query, key, value, (cache.tail_key, cache.tail_value), start,
+        block=cache.block, rotate=rotate, scale=scale,
+    )  # fmt: skip
+    parts = [local]
     if top_k:
         ages, valid = cache.ages()
         place, is_block = choose_blocks(
@@ -336,18 +359,11 @@ class HostBlocks:
         """Attend from a chunk and remember it; arguments and result as in `read_chunk`."""
         (b, capacity, block, heads, h), n = self._key.shape, query.shape[2]
         scale, cached = h**-0.5, min(self._count, capacity)
-        phase = self._tail[0].shape[1]
-        local_key = jnp.concatenate([self._tail[0], key], axis=1)
-        local_value = jnp.concatenate([self._tail[1], value], axis=1)
-        start = chunk_start(cached, top_k, block)
-        length = local_key.shape[1]
-        positions = jnp.broadcast_to(start + jnp.arange(length), (b, length))
-        turned = rotate(query, positions[:, phase:])
-        parts = [
-            attend_local(
-                turned, rotate(local_key, positions), local_value, block=block, scale=scale
-            )
-        ]
+        turned, local, (local_key, local_value) = attend_local(
+            query, key, value, self._tail, chunk_start(cached, top_k, block),
+            block=block, rotate=rotate, scale=scale,
+        )  # fmt: skip
+        parts, length = [local], local_key.shape[1]
         if cached and top_k:
             ages = (self._count - 1 - np.arange(capacity)) % capacity
             place, is_block = choose_blocks(

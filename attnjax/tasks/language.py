@@ -205,6 +205,9 @@ class LanguageModelling(ModelTask):
     def evaluate(self, params: Params, batch: Batch) -> dict[str, Metric]:
         """Return states of `loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy`."""
         losses, counts, _ = self._compare(params, batch)
+        return self._states(losses, counts, batch)
+
+    def _states(self, losses, counts, batch):
         hits = losses.best == jnp.roll(batch["tokens"], -1, axis=1)
         return {
             "loss": Mean.of(losses.nll, valid=counts),

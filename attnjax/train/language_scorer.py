@@ -189,8 +189,9 @@ def answer(recipe: Recipe, model: Any, params: Params, path: str) -> dict[str, f
     """
     records, found = multiple_choice.load(path), {}
     scorer = of_recipe(recipe, model, params)
+    values = scorer([(record.context, choice) for record in records for choice in record.choices])
     for suffix, per_byte in (("", False), ("_per_byte", True)):
-        predictions = multiple_choice.predict(records, scorer, per_byte=per_byte)
+        predictions = multiple_choice.predict(records, lambda _: values, per_byte=per_byte)
         scores = multiple_choice.score(predictions, records)
         found[f"choices/accuracy{suffix}"] = scores.accuracy
         found[f"choices/error{suffix}"] = scores.error
