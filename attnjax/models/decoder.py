@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder backbone: the architecture of LLaMA, Mistral and Qwen2, that text systems start from.
+"""Decoder backbone: the architecture of LLaMA, Mistral and Qwen, that text systems start from.
 
 Touvron et al., "LLaMA", arXiv 2302.13971; Jiang et al., "Mistral 7B", arXiv 2310.06825; Qwen Team,
-"Qwen2", arXiv 2407.10671; with Shazeer's mixture of experts (arXiv 1701.06538) as an option.
+"Qwen2", arXiv 2407.10671, and "Qwen3", 2505.09388; with Shazeer's mixture of experts (1701.06538).
 Implemented from the equations; hidden states agree with transformers (tests/goldens).
 """
 
@@ -21,7 +21,7 @@ from attnjax.nn.experts import ExpertOptions
 from attnjax.nn.norm import RMSNorm
 from attnjax.nn.pattern_attention import choose_attention
 from attnjax.nn.stack import empty_streams
-from attnjax.nn.text import HIDDEN, REMATS, Kernel, TokenTable, decoder_stack, starts
+from attnjax.nn.text import HIDDEN, REMATS, Kernel, TokenTable, decoder_stack, head_sizes, starts
 from attnjax.ops import efficient
 from attnjax.ops.cache import Cache, FullCache, WindowCache
 from attnjax.ops.efficient import PatternAttention, Stream
@@ -33,6 +33,10 @@ from attnjax.weights.names import rule, stacked
 ATTENTIONS = ("causal", "bidirectional")
 """The decoder's own attention: rotary, with grouped queries."""
 
+PROJECTIONS = ("plain", "biased", "normed")
+"""Queries, keys and values without more; with biases (Qwen2); or queries and keys normalised per
+head before they are rotated (Qwen3)."""
+
 # LLaMA-2 and LLaMA-3: Table 1 of arXiv 2307.09288 and Table 3 of 2407.21783; Mistral: Table 1 of
 # 2310.06825; Qwen2: Table 1 of 2407.10671; the rest from the published configurations.
 PRESETS = {
@@ -40,8 +44,20 @@ PRESETS = {
         "vocab_size": 32_000, "width": 4096, "depth": 32, "heads": (32, 32), "hidden": 11_008,
         "length": 4096,
     },
+    "llama2_13b": {
+        "vocab_size": 32_000, "width": 5120, "depth": 40, "heads": (40, 40), "hidden": 13_824,
+        "length": 4096,
+    },
+    "llama2_70b": {
+        "vocab_size": 32_000, "width": 8192, "depth": 80, "heads": (64, 8), "hidden": 28_672,
+        "length": 4096,
+    },
     "llama3_8b": {
         "vocab_size": 128_256, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
+        "length": 8192, "rope_base": 500_000.0,
+    },
+    "llama3_70b": {
+        "vocab_size": 128_256, "width": 8192, "depth": 80, "heads": (64, 8), "hidden": 28_672,
         "length": 8192, "rope_base": 500_000.0,
     },
     "mistral_7b_v01": {
@@ -50,7 +66,21 @@ PRESETS = {
     },
     "qwen2_05b": {
         "vocab_size": 151_936, "width": 896, "depth": 24, "heads": (14, 2), "hidden": 4864,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6, "qkv_bias": True, "tied": True,
+        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6,
+        "projections": "biased", "tied": True,
+    },
+    "qwen25_7b": {
+        "vocab_size": 152_064, "width": 3584, "depth": 28, "heads": (28, 4), "hidden": 18_944,
+        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6, "projections": "biased",
+    },
+    "qwen3_06b": {
+        "vocab_size": 151_936, "width": 1024, "depth": 28, "heads": (16, 8, 128), "hidden": 3072,
+        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6,
+        "projections": "normed", "tied": True,
+    },
+    "qwen3_8b": {
+        "vocab_size": 151_936, "width": 4096, "depth": 36, "heads": (32, 8, 128), "hidden": 12_288,
+        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6, "projections": "normed",
     },
     "tiny": {},
 }  # fmt: skip
@@ -81,7 +111,8 @@ class Decoder(nn.Module):
       length: tokens of an example, for `example` and `flops`; any other number works as well.
       width: d.
       depth: layers.
-      heads: query heads, which divide the width, and key/value heads, which divide them.
+      heads: query heads, and key/value heads, which divide them; and the width of a head, even,
+        without which query heads divide the width.
       hidden: hidden width of the channel stage, or of every expert.
       attention: "causal" (also None), or "bidirectional": everything sees everything, without a
         window; or another causal self-attention, see `choose_attention`, which has as many
@@ -89,7 +120,7 @@ class Decoder(nn.Module):
       window: tokens that a query sees, its own included; None: all before.
       rope_base: of the rotary wavelengths.
       epsilon: of the norms.
-      qkv_bias: biases on query, key and value.
+      projections: of queries, keys and values, a member of `PROJECTIONS`.
       tied: the head is the transposed token table.
       experts: fields of `nn.experts.ExpertOptions`; None: one dense channel stage.
       dtype: compute dtype; logits are float32.
@@ -108,7 +139,7 @@ class Decoder(nn.Module):
     window: int | None = None
     rope_base: float = 10_000.0
     epsilon: float = 1e-5
-    qkv_bias: bool = False
+    projections: str = "plain"
     tied: bool = False
     experts: Any = None
     dtype: str = "float32"
@@ -117,19 +148,24 @@ class Decoder(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.remat not in REMATS:
-            raise RecipeError(f"model.remat={self.remat!r}: {nearest(self.remat, REMATS)}")
+        for name, known in (("remat", REMATS), ("projections", PROJECTIONS)):
+            if getattr(self, name) not in known:
+                found = getattr(self, name)
+                raise RecipeError(f"model.{name}={found!r}: {nearest(found, known)}")
         for name in ("vocab_size", "length", "width", "depth", "hidden"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"model.{name}={getattr(self, name)}: must be at least 1")
         if self.window is not None and self.window < 1:
             raise RecipeError(f"model.window={self.window}: must be at least 1, or None")
-        if len(self.heads) != 2 or min(self.heads) < 1 or self.heads[0] % self.heads[1]:
+        heads = tuple(self.heads)
+        if len(heads) not in (2, 3) or min(heads) < 1 or heads[0] % heads[1]:
             raise RecipeError(
-                f"model.heads={tuple(self.heads)}: must be query heads and a divisor of their "
-                "number, the key/value heads"
+                f"model.heads={heads}: must be query heads and a divisor of their number, the "
+                "key/value heads; and, if it is not width / query heads, the width of a head"
             )
-        if self.width % (2 * self.heads[0]):
+        if len(heads) == 3 and heads[2] % 2:
+            raise RecipeError(f"model.heads={heads}: heads that rotate need an even width")
+        if len(heads) == 2 and self.width % (2 * heads[0]):
             raise RecipeError(
                 f"model.width={self.width}: must be an even multiple of the {self.heads[0]} heads"
             )
@@ -149,11 +185,12 @@ class Decoder(nn.Module):
             known = nearest(self.attention, (*ATTENTIONS, *efficient.ATTENTIONS))
             raise RecipeError(f"model.attention={self.attention!r}: {known}")
         attention = choose_attention(self.attention, field="attention", causal=True)
-        (n, k), name = self.heads, type(attention).__name__
+        (n, k), name = self.heads[:2], type(attention).__name__
         for field, is_default, meaning in (
             ("heads", n == k, "as many key/value heads as query heads"),
             ("window", self.window is None, "its own windows only"),
-            ("qkv_bias", not self.qkv_bias, "biases of its own"),
+            ("heads", len(self.heads) == 2, "heads of width d / n"),
+            ("projections", self.projections == "plain", "biases of its own"),
         ):
             if not is_default:
                 raise RecipeError(f"model.{field}={getattr(self, field)}: {name} has {meaning}")
@@ -174,7 +211,8 @@ class Decoder(nn.Module):
             is_causal=self.is_causal,
             window=self.window,
             rope_base=self.rope_base,
-            qkv_bias=self.qkv_bias,
+            qkv_bias=self.projections == "biased",
+            head_epsilon=self.epsilon if self.projections == "normed" else None,
             epsilon=self.epsilon,
             experts=ExpertOptions.of(self.experts),
             pattern=self.make_attention(),
@@ -300,14 +338,14 @@ class Decoder(nn.Module):
           chunk: with a window, tokens that attend at once; longer prompts are taken in pieces.
           dtype: of the storage; the compute dtype by default.
         """
-        n, k = self.heads
+        n, k, h = head_sizes(self.heads, self.width)
         attention = self.make_attention()
         if attention is not None:
             return empty_streams(
                 attention, self.depth, batch, self.width, n,
                 capacity=capacity, dtype=dtype or self.dtype,
             )  # fmt: skip
-        sizes = {"batch": batch, "heads": k, "width": self.width // n, "dtype": dtype or self.dtype}
+        sizes = {"batch": batch, "heads": k, "width": h, "dtype": dtype or self.dtype}
         if self.window is not None and self.window < capacity:
             cache: Cache = WindowCache.empty(**sizes, window=self.window, chunk=chunk)
         else:
@@ -357,7 +395,8 @@ class Decoder(nn.Module):
 
         Pairs of tokens that a mask hides are not counted, nor is what moves tokens to experts.
         """
-        (n, k), d, t = self.heads, self.width, self.length
+        d, t = self.width, self.length
+        n, k, h = head_sizes(self.heads, d)
         experts, attention = ExpertOptions.of(self.experts), self.make_attention()
         channels = 3 * d * self.hidden
         if experts is not None:
@@ -367,7 +406,7 @@ class Decoder(nn.Module):
             return rest + self.depth * attention.flops(t, t, d, n)
         reach = min(t, self.window or t)
         pairs = reach * (reach + 1) // 2 + (t - reach) * reach if self.is_causal else t * t
-        return rest + 2.0 * self.depth * (t * (2 * d * d + 2 * d * (d // n) * k) + 2 * d * pairs)
+        return rest + 2.0 * self.depth * (2 * t * d * h * (n + k) + 2 * n * h * pairs)
 
     def _check(self, tokens, segments, positions):
         arrays = {"tokens": tokens, "segments": segments, "positions": positions}
@@ -408,6 +447,8 @@ def _names():
     for part, letter in (("query", "q"), ("key", "k"), ("value", "v")):
         yield stacked(f"{ours}/{part}/kernel", f"{theirs}.{letter}_proj.weight", "in")
         yield stacked(f"{ours}/{part}/bias", f"{theirs}.{letter}_proj.bias", "vector")
+    for part, letter in (("query", "q"), ("key", "k")):
+        yield stacked(f"{ours}/{part}_norm/scale", f"{theirs}.{letter}_norm.weight")
     yield stacked(f"{ours}/out/kernel", f"{theirs}.o_proj.weight", "out")
     for part in ("gate", "up", "down"):
         tensor = f"model.layers.{{}}.mlp.{part}_proj.weight"
@@ -419,4 +460,4 @@ def _names():
 
 
 TORCH_NAMES = {"hf": tuple(_names())}
-"""Layout -> name table. Experts and other attentions exist in no layout of these three families."""
+"""Layout -> name table. Experts and other attentions exist in no layout of these families."""

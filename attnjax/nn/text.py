@@ -100,6 +100,17 @@ def starts(segments: Array) -> Array:
     return index - jax.lax.cummax(jnp.where(is_new, index, 0), axis=1)
 
 
+def head_sizes(heads: tuple, width: int) -> tuple[int, int, int]:
+    """Return query heads n, key/value heads k and the width h of a head.
+
+    Args:
+      heads: (n, k), or (n, k, h).
+      width: d, which n divides where h is not given.
+    """
+    n, k, *rest = heads
+    return n, k, rest[0] if rest else width // n
+
+
 class RotaryAttention(nn.Module):
     """Grouped-query self-attention with rotary positions (half-split) and no output bias.
 
@@ -107,7 +118,8 @@ class RotaryAttention(nn.Module):
     "logits" is, the sizes `[b,n]` of the largest visible scores. Subclasses mix otherwise.
 
     Attributes:
-      heads: query heads n and key/value heads k; head i uses key/value head `i // (n // k)`.
+      heads: query heads n and key/value heads k; head i uses key/value head `i // (n // k)`. A
+        third number is their width h; d / n without.
       is_causal: queries see no later tokens; else they see all, and the window does not count.
       window: tokens that a query sees, its own included; None: all before.
       rope_base: of the rotary wavelengths.
@@ -152,8 +164,8 @@ class RotaryAttention(nn.Module):
         Returns:
           `[b, t, d]`, the cache afterwards, and measures of the mixing by name.
         """
-        (n, k), d = self.heads, x.shape[-1]
-        h = d // n
+        d = x.shape[-1]
+        n, k, h = head_sizes(self.heads, d)
         source = x if source is None else source
 
         def project(name, x, heads):
@@ -287,7 +299,8 @@ class DecoderLayer(nn.Module):
     When the collection "hidden" is mutable, the input `[b, t, d]` is sown there.
 
     Attributes:
-      heads, is_causal, window, rope_base, qkv_bias, implementation: see `RotaryAttention`.
+      heads, is_causal, window, rope_base, qkv_bias, head_epsilon, implementation: see
+        `RotaryAttention`.
       hidden: hidden width of the channel stage.
       epsilon: of the norms.
       experts: a mixture of experts instead of one `SwiGlu`.
@@ -302,6 +315,7 @@ class DecoderLayer(nn.Module):
     window: int | None = None
     rope_base: float = 10_000.0
     qkv_bias: bool = False
+    head_epsilon: float | None = None
     epsilon: float = 1e-5
     experts: ExpertOptions | None = None
     pattern: PatternAttention | None = None
@@ -352,7 +366,7 @@ class DecoderLayer(nn.Module):
         if self.pattern is None:
             own = functools.partial(
                 RotaryAttention, self.heads, self.is_causal, self.window, self.rope_base,
-                self.qkv_bias, dtype=self.dtype, implementation=self.implementation,
+                self.qkv_bias, self.head_epsilon, self.dtype, self.implementation,
             )  # fmt: skip
             mixer = (self.mixer or own)(name="attention")
             return mixer(x_btd, positions, segments, lengths, cache, source)

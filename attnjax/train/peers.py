@@ -132,7 +132,8 @@ def _transformers(recipe, threads):
         build_model("decoder", recipe.model.get("preset") or None, **fields),
         recipe.optim,
     )
-    if model.attention != "causal" or model.window or model.experts or model.qkv_bias:
+    plain = model.projections == "plain" and len(model.heads) == 2
+    if model.attention != "causal" or model.window or model.experts or not plain:
         raise RecipeError("--peer=transformers: only plain LLaMA shapes are compared")
     torch.set_num_threads(threads)
     torch.manual_seed(0)

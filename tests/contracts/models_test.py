@@ -45,9 +45,15 @@ COUNTS = {
     },
     "decoder": {
         "llama2_7b": 6_738_415_616,
+        "llama2_13b": 13_015_864_320,
+        "llama2_70b": 68_976_648_192,
+        "llama3_70b": 70_553_706_496,
         "llama3_8b": 8_030_261_248,
         "mistral_7b_v01": 7_241_732_096,
+        "qwen25_7b": 7_615_616_512,
         "qwen2_05b": 494_032_768,
+        "qwen3_06b": 596_049_920,
+        "qwen3_8b": 8_190_735_360,
         "tiny": 106_816,
     },
     # No code was found: counted by hand from the paper's sizes.

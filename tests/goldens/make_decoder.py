@@ -22,9 +22,10 @@ CASES = {
     "llama grouped": SIZES | dict(heads=(4, 2), rope_base=500_000.0, epsilon=1e-3),
     "mistral window": SIZES | dict(heads=(4, 2), window=5),
     "qwen2": SIZES
-    | dict(heads=(4, 1), rope_base=1_000_000.0, epsilon=1e-6, qkv_bias=True, tied=True),
+    | dict(heads=(4, 1), rope_base=1_000_000.0, epsilon=1e-6, projections="biased", tied=True),
     "qwen2 bidirectional": SIZES
-    | dict(heads=(4, 2), qkv_bias=True, tied=True, epsilon=1e-6, attention="bidirectional"),
+    | dict(heads=(4, 2), projections="biased", tied=True, epsilon=1e-6, attention="bidirectional"),
+    "qwen3": SIZES | dict(heads=(4, 2, 12), projections="normed", epsilon=1e-6),
 }
 
 
@@ -55,7 +56,7 @@ def run(name: str) -> dict[str, np.ndarray]:
     import transformers
 
     family, fields = name.split()[0], CASES[name]
-    n, k = fields["heads"]
+    n, k, *width = fields["heads"]
     options = dict(
         vocab_size=fields["vocab_size"], hidden_size=fields["width"],
         num_hidden_layers=fields["depth"], num_attention_heads=n, num_key_value_heads=k,
@@ -64,9 +65,11 @@ def run(name: str) -> dict[str, np.ndarray]:
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": fields.get("rope_base", 10_000.0)},
     )  # fmt: skip
+    if width:
+        options["head_dim"] = width[0]
     if family == "mistral":
         options["sliding_window"] = fields.get("window")
-    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     config = getattr(transformers, f"{kind}Config")(**options)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
     with torch.no_grad():

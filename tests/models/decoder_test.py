@@ -100,7 +100,10 @@ def test_bidirectional_attention_drops_the_window():
     close(windowed(params, draw()), run(params, draw()))
 
 
-@pytest.mark.parametrize("fields", [{}, {"window": 4}, {"has_experts": True}], ids=str)
+QWEN3 = {"heads": (4, 2, 12), "projections": "normed"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"window": 4}, {"has_experts": True}, QWEN3], ids=str)
 @pytest.mark.parametrize("prompt", [1, 7])
 def test_cached_steps_equal_the_parallel_form(fields, prompt):
     model, params, run = make(**fields)
@@ -191,7 +194,8 @@ def test_attention_by_name_refuses_what_it_cannot_have():
         ({"attention": "locl"}, "did you mean 'local'"),
         ({"attention": "local"}, "as many key/value heads"),
         ({"attention": "local", "heads": (4, 4), "window": 3}, "its own windows"),
-        ({"attention": "local", "heads": (4, 4), "qkv_bias": True}, "biases of its own"),
+        ({"attention": "local", "heads": (4, 4), "projections": "biased"}, "biases of its own"),
+        ({"attention": "local", "heads": (4, 4, 8)}, "heads of width d / n"),
         ({"attention": {"name": "s4d", "rotary_base": 1e4}, "heads": (4, 4)}, "nothing to rotate"),
     ):
         with pytest.raises(RecipeError, match=message):
