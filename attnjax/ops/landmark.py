@@ -26,6 +26,8 @@ from attnjax.ops.merge import merge_partials
 from attnjax.ops.normalizer import EMPTY_LSE, softmax
 from attnjax.typing import Array, PRNGKey
 
+IMPLEMENTATIONS = ("blocked", "pallas_tpu")
+
 
 def landmark_attention(
     query: Array,
@@ -40,6 +42,7 @@ def landmark_attention(
     group_dropout_rate: float = 0.0,
     group_dropout_key: PRNGKey | None = None,
     return_lse: bool = False,
+    implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attend causally through landmarks; queries are the last t of the s keys.
 
@@ -58,18 +61,29 @@ def landmark_attention(
       group_dropout_key: typed key, needed when the rate is not 0. Both forms drop the same gates.
       return_lse: also return the log-sum-exp of the own block's scores and the earlier landmarks',
         float32 `[b,n,t]`, to merge with other blocks; with `block` only.
+      implementation: "blocked", plain XLA, or "pallas_tpu", fused kernels, both with `block` only.
+        None takes the kernels on a TPU and else "blocked". The kernels need s - t to be a multiple
+        of `block`, float32 or bfloat16 inputs and one chip, and serve neither `mask`, `softcap` nor
+        group dropout: None then falls back to "blocked".
 
     Returns:
       `[b,t,n,hv]` in the dtype of the query, and the log-sum-exp if asked for. Zero where a query
       sees nothing, as the first landmark of a tape may.
 
     Raises:
-      ValueError: landmarks are given twice or not at all, or shapes do not fit.
+      ValueError: landmarks are given twice or not at all, shapes do not fit, or the named
+        implementation is unknown or does not serve this.
     """
     if (is_landmark is None) == (block is None):
         raise ValueError("give either is_landmark or block")
     if return_lse and block is None:
         raise ValueError("return_lse: only the form with regular blocks has it")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; choose from {list(IMPLEMENTATIONS)}"
+        )
+    if implementation is not None and block is None:
+        raise ValueError(f"implementation={implementation!r} needs block, not is_landmark")
     if block is None:
         normalizer = Grouped(
             is_landmark if isinstance(is_landmark, np.ndarray) else jnp.asarray(is_landmark),
@@ -93,6 +107,14 @@ def landmark_attention(
     s, k = key.shape[1:3]
     if t > s or n % k or key.shape[:3] != value.shape[:3] or key.shape[::3] != (b, h):
         raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape} do not fit")
+    if implementation != "blocked":
+        options = dict(mask=mask, softcap=softcap, group_dropout_rate=group_dropout_rate or None)
+        try:
+            found = _by_kernel(query, key, value, block, scale, options)
+            return found if return_lse else found[0]
+        except NotImplementedError as error:
+            if implementation is not None:
+                raise ValueError(f"implementation={implementation!r}: {error}") from error
     out, lse = _by_block(
         query,
         key,
@@ -105,6 +127,17 @@ def landmark_attention(
         seed=dropout_seed(group_dropout_key) if group_dropout_rate else None,
     )
     return (out, lse) if return_lse else out
+
+
+def _by_kernel(query, key, value, block, scale, options):
+    for name, option in options.items():
+        if option is not None:
+            raise NotImplementedError(f"{name} is not served, only by 'blocked'")
+    # Importing Pallas takes time that only its users should spend.
+    from attnjax.ops import landmark_pallas
+
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return landmark_pallas.attend(query, key, value, block=block, scale=float(scale))
 
 
 def _causal(mask):
