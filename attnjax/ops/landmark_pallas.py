@@ -203,7 +203,8 @@ def _attend_fwd(plan, query, key, value):
     long, group = plan.tiles * plan.rows, n // k
     by_query, by_block, row, inner = _specs(plan, lambda b, n, i, j: (b, n, n // group, i, j))
 
-    def kernel(query_ref, key_ref, value_ref, out_ref, lse_ref, inner_ref, acc, top, total):
+    def kernel(*refs):
+        query_ref, key_ref, value_ref, out_ref, lse_ref, inner_ref, acc, top, total = refs
         i, j = pl.program_id(2), pl.program_id(3)
 
         @pl.when(j == 0)
