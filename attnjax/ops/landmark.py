@@ -137,6 +137,8 @@ def _by_kernel(query, key, value, block, scale, options):
     from attnjax.ops import landmark_pallas
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(scale, jax.core.Tracer):
+        raise NotImplementedError("a traced scale is not served, only by 'blocked'")
     return landmark_pallas.attend(query, key, value, block=block, scale=float(scale))
 
 

@@ -31,10 +31,17 @@ def with_gradients(form, inputs):
     return out, *pull(jnp.asarray(dout))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("t", "s", "block", "n", "k"),
-    [(17, 17, 5, 4, 2), (140, 160, 20, 2, 1), (8, 20, 4, 2, 2), (5, 5, 2, 2, 2)],
-    ids=["uneven", "keys_longer", "few_queries", "smallest"],
+    [
+        pytest.param(17, 17, 5, 4, 2, id="uneven"),
+        pytest.param(140, 160, 20, 2, 1, id="keys_longer"),
+        pytest.param(8, 20, 4, 2, 2, id="few_queries", marks=SLOW),
+        pytest.param(5, 5, 2, 2, 2, id="smallest", marks=SLOW),
+    ],
 )
 def test_equals_dense(t, s, block, n, k):
     inputs = arrays(t, s, n, k)
@@ -92,6 +99,9 @@ def test_names_what_does_not_fit():
         landmark_attention(*inputs, is_landmark=np.zeros((1, 17), bool), implementation="blocked")
     with pytest.raises(ValueError, match="not a TPU"):
         landmark_attention(*inputs, block=5, implementation="pallas_tpu")
+    with interpreted():
+        run = jax.jit(lambda scale: landmark_attention(*inputs, block=5, scale=scale))
+        assert np.isfinite(run(0.5)).all(), "a traced scale is for the blocked form"
 
 
 @pytest.mark.slow
