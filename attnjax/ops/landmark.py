@@ -12,6 +12,7 @@ so partial attention and `merge_partials` are all it takes.
 """
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -137,8 +138,8 @@ def _by_kernel(query, key, value, block, scale, options):
     from attnjax.ops import landmark_pallas
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if isinstance(scale, jax.core.Tracer):
-        raise NotImplementedError("a traced scale is not served, only by 'blocked'")
+    if not isinstance(scale, numbers.Real):
+        raise NotImplementedError("a scale known only at run time is not served")
     return landmark_pallas.attend(query, key, value, block=block, scale=float(scale))
 
 

@@ -39,7 +39,7 @@ from attnjax.ops.pallas_tpu_tile import (
     padded,
     to_column,
 )
-from attnjax.ops.partition import large_axes
+from attnjax.ops.partition import large_axes, vary_alike
 from attnjax.typing import Array
 
 NAME = "landmark pallas_tpu"
@@ -84,7 +84,7 @@ def attend(
         raise NotImplementedError(f"{NAME}: mesh axis {large[0]!r} needs shard_map around this")
     rows = LANES if t <= LANES else 2 * LANES
     plan = _Plan(t, s, block, rows, scale, chip.vmem, interpretation())
-    return _attend(plan, query, key, value)
+    return _attend(plan, *vary_alike((query, key, value))[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +153,15 @@ class _Plan:
 
     def call(self, kernel, *, name, grid, parallel, inputs, results, scratch=()):
         """Run a kernel over pairs of (array or shape, BlockSpec)."""
+        varying = jax.typeof(inputs[0][0]).manual_axis_type
         return pl.pallas_call(
             kernel,
             grid=grid,
             in_specs=[spec for _, spec in inputs],
             out_specs=[spec for _, spec in results],
-            out_shape=[shape for shape, _ in results],
+            out_shape=[
+                jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x, _ in results
+            ],
             scratch_shapes=list(scratch),
             interpret=self.interpret or False,
             compiler_params=pltpu.CompilerParams(
@@ -265,8 +268,8 @@ def _attend_fwd(plan, query, key, value):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attend_bwd(plan, saved, cotangents):
+    saved, (dout, dlse) = vary_alike((saved, cotangents))[1]
     query, key, value, out, lse, inner_lse = saved
-    dout, dlse = cotangents
     b, _, n, h = query.shape
     k, hv = value.shape[2:]
     long, group = plan.tiles * plan.rows, n // k

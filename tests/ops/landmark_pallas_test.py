@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attnjax.ops import landmark_attention, mask
 from attnjax.ops.pallas_tpu_tile import interpreted
@@ -104,26 +106,39 @@ def test_names_what_does_not_fit():
         assert np.isfinite(run(0.5)).all(), "a traced scale is for the blocked form"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("t", "s", "h"), [(512, 512, 128), (300, 504, 64)])
-def test_compiles_for_tpu(t, s, h):
-    """To machine code by libtpu: one kernel forward, two backward."""
+def tpu_mesh(chips):
     pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(chips[:1]), ("data",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec())
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    return Mesh(np.array(devices[:chips]), ("data",), axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("t", "s", "k", "h", "dtype", "chips"),
+    [
+        (512, 512, 8, 128, jnp.bfloat16, 1),
+        (300, 504, 4, 64, jnp.bfloat16, 1),
+        (512, 512, 8, 128, jnp.float32, 1),
+        (512, 512, 8, 128, jnp.bfloat16, 4),
+    ],
+    ids=["plain", "shared_keys", "float32", "inside_shard_map"],
+)
+def test_compiles_for_tpu(t, s, k, h, dtype, chips):
+    """To machine code by libtpu: one kernel forward, two backward, and the automatic choice."""
+    mesh = tpu_mesh(chips)
+    spec = PartitionSpec("data") if chips > 1 else PartitionSpec()
     inputs = [
-        jax.ShapeDtypeStruct((2, length, heads, h), jnp.bfloat16, sharding=sharding)
-        for length, heads in ((t, 8), (s, 4), (s, 4))
+        jax.ShapeDtypeStruct((4, length, heads, h), dtype, sharding=NamedSharding(mesh, spec))
+        for length, heads in ((t, 8), (s, k), (s, k))
     ]
-    loss = lambda *a: landmark_attention(*a, block=51).astype(jnp.float32).sum()
+    attend = lambda *a: landmark_attention(*a, block=51)
+    if chips > 1:
+        attend = jax.shard_map(attend, mesh=mesh.abstract_mesh, in_specs=spec, out_specs=spec)
+    loss = lambda *a: attend(*a).astype(jnp.float32).sum()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*inputs)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
