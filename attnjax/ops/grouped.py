@@ -55,6 +55,9 @@ class Grouped(Rowwise):
             )
         groups = s
         if isinstance(is_landmark, np.ndarray):
+            block = _regular_block(is_landmark)
+            if block:
+                return self._regular_weights(scores, block)
             groups = 1 + int(is_landmark.sum(axis=-1).max())
         is_landmark = jnp.asarray(is_landmark)
         count = jnp.cumsum(is_landmark, axis=-1, dtype=jnp.int32)
@@ -77,17 +80,44 @@ class Grouped(Rowwise):
         )
         gate = jnp.where(behind < s, gate, 0)
         if self.dropout_rate:
-            head = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, n, 1, 1)
-            query = jnp.arange(t, dtype=jnp.uint32).reshape(1, 1, t, 1)
-            factor = dropout_factor(
-                dropout_seed(self.dropout_key),
-                self.dropout_rate,
-                head,
-                query,
-                behind.astype(jnp.uint32),
-            )
-            gate = gate * factor.astype(gate.dtype)
+            gate = gate * self._dropout(gate, behind)
         return jnp.where(landmark, 0, jnp.where(own, main, inner * gate))
+
+    def _regular_weights(self, scores, block):
+        # Every block is a row of its own here, which is several times faster than segments.
+        b, n, t, s = scores.shape
+        count = -(-s // block)
+        widths = ((0, 0),) * 3 + ((0, count * block - s),)
+        scores = jnp.pad(scores, widths, constant_values=-jnp.inf).reshape(b, n, t, count, block)
+        own = ((np.arange(t) + s - t) // block)[:, None] == np.arange(count)
+        # Large scores would round the log-sum-exp; only their differences matter.
+        logits = jnp.where(own, scores[..., :-1].max(axis=-1), scores[..., -1])
+        top = jnp.maximum(logits.max(axis=-1), EMPTY_LSE)[..., None, None]
+        scores = scores - jax.lax.stop_gradient(top)
+        inner, lse = softmax(scores[..., :-1])
+        gate, _ = softmax(jnp.where(own, lse, scores[..., -1]))
+        if self.dropout_rate:
+            behind = jnp.arange(block - 1, count * block, block)[None, None, None]
+            gate = gate * jnp.where(own, 1, self._dropout(gate, behind))
+        weights = jnp.pad(inner * gate[..., None], ((0, 0),) * 4 + ((0, 1),))
+        return weights.reshape(b, n, t, count * block)[..., :s]
+
+    def _dropout(self, gate, landmark):
+        """Return the factors of `gate [b,n,t,...]`, whose last axis has these landmarks' places."""
+        b, n, t = gate.shape[:3]
+        head = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, n, 1, 1)
+        query = jnp.arange(t, dtype=jnp.uint32).reshape(1, 1, t, 1)
+        seed = dropout_seed(self.dropout_key)
+        factor = dropout_factor(seed, self.dropout_rate, head, query, landmark.astype(jnp.uint32))
+        return factor.astype(gate.dtype)
+
+
+def _regular_block(is_landmark: np.ndarray) -> int:
+    """Return the keys of a block where all end alike, and 0 elsewhere."""
+    row_s = is_landmark[0]
+    block = int(row_s.argmax()) + 1
+    regular_s = np.arange(row_s.size) % block == block - 1
+    return block if block > 1 and bool(np.all(is_landmark == regular_s)) else 0
 
 
 def check_group_dropout(rate: float, key: PRNGKey | None) -> None:

@@ -234,7 +234,7 @@ def test_scores_of_one_block_at_a_time():
 
     scores = 4 * 2 * s * s
     assert temporaries(block=block) < scores
-    assert temporaries(is_landmark=regular(s, block)[:1]) > 8 * scores
+    assert temporaries(is_landmark=regular(s, block)[:1]) > 3 * scores
 
 
 def test_refusals():
