@@ -46,7 +46,7 @@ class Grouped(Rowwise):
         check_group_dropout(self.dropout_rate, self.dropout_key)
 
     def weights(self, scores):
-        b, n, t, s = scores.shape
+        b, _, t, s = scores.shape
         is_landmark = self.is_landmark
         if is_landmark.shape not in ((1, s), (b, s)) or t > s:
             raise ValueError(
