@@ -25,6 +25,7 @@ from attnjax.nn.text import HIDDEN, REMATS, Kernel, TokenTable, decoder_stack, h
 from attnjax.ops import efficient
 from attnjax.ops.cache import Cache, FullCache, WindowCache
 from attnjax.ops.efficient import PatternAttention, Stream
+from attnjax.ops.positions import Rotary
 from attnjax.parallel.constrain import constrain, gather
 from attnjax.registry import nearest
 from attnjax.typing import Array, Params
@@ -54,11 +55,20 @@ PRESETS = {
     },
     "llama3_8b": {
         "vocab_size": 128_256, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
-        "length": 8192, "rope_base": 500_000.0,
+        "length": 8192, "rotary": 500_000.0,
     },
     "llama3_70b": {
         "vocab_size": 128_256, "width": 8192, "depth": 80, "heads": (64, 8), "hidden": 28_672,
-        "length": 8192, "rope_base": 500_000.0,
+        "length": 8192, "rotary": 500_000.0,
+    },
+    "llama31_8b": {
+        "vocab_size": 128_256, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
+        "length": 131_072, "rotary": {"base": 500_000.0, "scaling": (8.0, 1.0, 4.0, 8192)},
+    },
+    "llama32_1b": {
+        "vocab_size": 128_256, "width": 2048, "depth": 16, "heads": (32, 8), "hidden": 8192,
+        "length": 131_072, "rotary": {"base": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8192)},
+        "tied": True,
     },
     "mistral_7b_v01": {
         "vocab_size": 32_000, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
@@ -66,21 +76,21 @@ PRESETS = {
     },
     "qwen2_05b": {
         "vocab_size": 151_936, "width": 896, "depth": 24, "heads": (14, 2), "hidden": 4864,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6,
+        "length": 8192, "rotary": 1_000_000.0, "epsilon": 1e-6,
         "projections": "biased", "tied": True,
     },
     "qwen25_7b": {
         "vocab_size": 152_064, "width": 3584, "depth": 28, "heads": (28, 4), "hidden": 18_944,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6, "projections": "biased",
+        "length": 8192, "rotary": 1_000_000.0, "epsilon": 1e-6, "projections": "biased",
     },
     "qwen3_06b": {
         "vocab_size": 151_936, "width": 1024, "depth": 28, "heads": (16, 8, 128), "hidden": 3072,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6,
+        "length": 8192, "rotary": 1_000_000.0, "epsilon": 1e-6,
         "projections": "normed", "tied": True,
     },
     "qwen3_8b": {
         "vocab_size": 151_936, "width": 4096, "depth": 36, "heads": (32, 8, 128), "hidden": 12_288,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6, "projections": "normed",
+        "length": 8192, "rotary": 1_000_000.0, "epsilon": 1e-6, "projections": "normed",
     },
     "tiny": {},
 }  # fmt: skip
@@ -116,9 +126,9 @@ class Decoder(nn.Module):
       hidden: hidden width of the channel stage, or of every expert.
       attention: "causal" (also None), or "bidirectional": everything sees everything, without a
         window; or another causal self-attention, see `choose_attention`, which has as many
-        key/value heads as query heads, biases of its own and, where it rotates, `rope_base`.
+        key/value heads as query heads, biases of its own and, where it rotates, `rotary`'s base.
       window: tokens that a query sees, its own included; None: all before.
-      rope_base: of the rotary wavelengths.
+      rotary: base of the rotary wavelengths, or fields of `ops.positions.Rotary`.
       epsilon: of the norms.
       projections: of queries, keys and values, a member of `PROJECTIONS`.
       tied: the head is the transposed token table.
@@ -137,7 +147,7 @@ class Decoder(nn.Module):
     hidden: int = 128
     attention: str | Mapping[str, Any] | None = "causal"
     window: int | None = None
-    rope_base: float = 10_000.0
+    rotary: float | Mapping[str, Any] = 10_000.0
     epsilon: float = 1e-5
     projections: str = "plain"
     tied: bool = False
@@ -169,6 +179,10 @@ class Decoder(nn.Module):
             raise RecipeError(
                 f"model.width={self.width}: must be an even multiple of the {self.heads[0]} heads"
             )
+        try:
+            Rotary.of(self.rotary)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"model.rotary={self.rotary}: {error}") from error
         ExpertOptions.of(self.experts)
         self.make_attention()
 
@@ -198,7 +212,10 @@ class Decoder(nn.Module):
             raise RecipeError(f"model.attention={self.attention!r}: the decoder draws nothing")
         is_set = isinstance(self.attention, Mapping) and "rotary_base" in self.attention
         if attention.rotates and not is_set:
-            attention = dataclasses.replace(attention, rotary_base=self.rope_base)
+            rotary = Rotary.of(self.rotary)
+            if rotary != Rotary(rotary.base):
+                raise RecipeError(f"model.rotary={self.rotary}: {name} takes a base only")
+            attention = dataclasses.replace(attention, rotary_base=rotary.base)
         return attention
 
     def setup(self):
@@ -210,7 +227,7 @@ class Decoder(nn.Module):
             hidden=self.hidden,
             is_causal=self.is_causal,
             window=self.window,
-            rope_base=self.rope_base,
+            rotary=Rotary.of(self.rotary),
             qkv_bias=self.projections == "biased",
             head_epsilon=self.epsilon if self.projections == "normed" else None,
             epsilon=self.epsilon,

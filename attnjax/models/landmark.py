@@ -20,6 +20,7 @@ from attnjax.errors import RecipeError
 from attnjax.nn.attend import attend
 from attnjax.nn.attention import CAPTURE, Projection
 from attnjax.nn.blocks import Mlp
+from attnjax.nn.initializers import residual
 from attnjax.nn.norm import LayerNorm
 from attnjax.nn.pattern_attention import RANDOM
 from attnjax.nn.stack import check_tokens, token_logits
@@ -93,6 +94,7 @@ class LandmarkAttention(nn.Module):
       block: slots of a block with its landmark.
       window: tokens that a query sees with "window".
       group_dropout: rate at which gates to earlier blocks are dropped while training.
+      depth: layers of the model, for the size of the output's initial values.
       dtype: compute dtype.
       implementation: passed to `nn.attend` where there are no landmarks.
     """
@@ -102,6 +104,7 @@ class LandmarkAttention(nn.Module):
     block: int
     window: int | None
     group_dropout: float
+    depth: int
     dtype: str
     implementation: str | None
 
@@ -127,7 +130,7 @@ class LandmarkAttention(nn.Module):
             positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
             query, key = _interleaved(query, positions), _interleaved(key, positions)
             out_btnh = self._attend(query, key, value, train)
-        kernel, _ = Projection((n, h, d), None, self.dtype, name="out")()
+        kernel, _ = Projection((n, h, d), None, self.dtype, residual(self.depth), name="out")()
         return jnp.einsum("btnh,nhd->btd", out_btnh, gather(kernel, "heads", None, None)), cache
 
     def _attend(self, query, key, value, train):
@@ -188,7 +191,10 @@ class LandmarkLayer(nn.Module):
         mixer = LandmarkAttention(**fields, name="attention")
         branch_bmd, cache = mixer(norm("attention_norm")(x), cache, top_k, retrieval, train)
         x = constrain(x + branch_bmd, "batch", "sequence", None)
-        mlp = Mlp(self.hidden, dtype=fields["dtype"], use_bias=False, name="mlp")
+        mlp = Mlp(
+            self.hidden, dtype=fields["dtype"], use_bias=False,
+            output_init=residual(fields["depth"]), name="mlp",
+        )  # fmt: skip
         x = x + mlp(norm("mlp_norm")(x), train=train)
         return constrain(x, "batch", "sequence", None), cache
 
@@ -280,7 +286,8 @@ class Landmark(nn.Module):
         self.embed = TokenTable(self.rows, self.width, self.dtype)
         fields = {
             "num_heads": self.num_heads, "attention": self.attention, "block": self.block + 1,
-            "window": self.window, "group_dropout": self.group_dropout, "dtype": self.dtype,
+            "window": self.window, "group_dropout": self.group_dropout,
+            "depth": self.depth, "dtype": self.dtype,
             "implementation": self.attention_implementation,
         }  # fmt: skip
         layer = LandmarkLayer

@@ -23,10 +23,11 @@ class Projection(nn.Module):
     kernel_shape: tuple
     bias_shape: tuple | None
     dtype: str = "float32"
+    kernel_init: Callable[..., Array] = LINEAR
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array | None]:
-        kernel = self.param("kernel", LINEAR, self.kernel_shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, self.kernel_shape, jnp.float32)
         if self.bias_shape is None:
             return kernel.astype(self.dtype), None
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)

@@ -19,7 +19,7 @@ from attnjax.nn.pattern_attention import Attention
 from attnjax.ops import mask as masks
 from attnjax.ops.cache import append_and_attend
 from attnjax.ops.efficient import PatternAttention
-from attnjax.ops.positions import rotate
+from attnjax.ops.positions import Rotary
 from attnjax.ops.relaxed import fold_batch, unfold_batch
 from attnjax.parallel.constrain import constrain, gather
 from attnjax.typing import Array
@@ -112,7 +112,7 @@ def head_sizes(heads: tuple, width: int) -> tuple[int, int, int]:
 
 
 class RotaryAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions (half-split) and no output bias.
+    """Grouped-query self-attention with rotary positions and no output bias.
 
     When the collection "attention" is mutable, the probabilities `[b,n,t,s]` are sown there; when
     "logits" is, the sizes `[b,n]` of the largest visible scores. Subclasses mix otherwise.
@@ -122,7 +122,7 @@ class RotaryAttention(nn.Module):
         third number is their width h; d / n without.
       is_causal: queries see no later tokens; else they see all, and the window does not count.
       window: tokens that a query sees, its own included; None: all before.
-      rope_base: of the rotary wavelengths.
+      rotary: what the positions are like.
       qkv_bias: biases on query, key and value.
       head_epsilon: of an RMS norm of every query and key before they are rotated, as in Qwen3;
         None: there is none.
@@ -133,7 +133,7 @@ class RotaryAttention(nn.Module):
     heads: tuple
     is_causal: bool = True
     window: int | None = None
-    rope_base: float = 10_000.0
+    rotary: Rotary = Rotary()
     qkv_bias: bool = False
     head_epsilon: float | None = None
     dtype: str = "float32"
@@ -236,7 +236,7 @@ class RotaryAttention(nn.Module):
 
     def turn(self, x: Array, positions: Array) -> Array:
         """Rotate `x [b,t,n,h]` by its positions."""
-        return rotate(x, positions, base=self.rope_base)
+        return self.rotary.turn(x, positions)
 
     def is_captured(self, collection: str) -> bool:
         """Whether what belongs into a collection is wanted."""
@@ -299,7 +299,7 @@ class DecoderLayer(nn.Module):
     When the collection "hidden" is mutable, the input `[b, t, d]` is sown there.
 
     Attributes:
-      heads, is_causal, window, rope_base, qkv_bias, head_epsilon, implementation: see
+      heads, is_causal, window, rotary, qkv_bias, head_epsilon, implementation: see
         `RotaryAttention`.
       hidden: hidden width of the channel stage.
       epsilon: of the norms.
@@ -313,7 +313,7 @@ class DecoderLayer(nn.Module):
     hidden: int
     is_causal: bool = True
     window: int | None = None
-    rope_base: float = 10_000.0
+    rotary: Rotary = Rotary()
     qkv_bias: bool = False
     head_epsilon: float | None = None
     epsilon: float = 1e-5
@@ -365,7 +365,7 @@ class DecoderLayer(nn.Module):
     def _attend(self, x_btd, positions, segments, lengths, cache, source):
         if self.pattern is None:
             own = functools.partial(
-                RotaryAttention, self.heads, self.is_causal, self.window, self.rope_base,
+                RotaryAttention, self.heads, self.is_causal, self.window, self.rotary,
                 self.qkv_bias, self.head_epsilon, self.dtype, self.implementation,
             )  # fmt: skip
             mixer = (self.mixer or own)(name="attention")

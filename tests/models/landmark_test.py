@@ -87,6 +87,18 @@ def test_the_papers_model_has_its_size():
     assert (model.rows, model.landmark) == (50_304, 50_260)
 
 
+def test_initial_values_have_the_papers_sizes():
+    """The last matrix of each branch is smaller, so that their sum does not grow with depth."""
+    model = Landmark(depth=8, width=64, hidden=256)
+    params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    layers = params["layers"]
+    for kernel in (layers["attention"]["query"], layers["mlp"]["up"]):
+        np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02, rtol=0.03)
+    np.testing.assert_allclose(np.std(params["embed"]["embedding"]), 0.02, rtol=0.03)
+    for kernel in (layers["attention"]["out"], layers["mlp"]["down"]):
+        np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02 / 4, rtol=0.03)
+
+
 @pytest.mark.parametrize("chunk", [9, 10])
 @pytest.mark.slow
 def test_evaluation_reads_chunks_of_any_length(network, chunk):
