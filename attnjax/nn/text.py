@@ -30,6 +30,10 @@ HIDDEN = "hidden"
 LOGITS = "logits"
 """Collection that receives how large scores become: pass `mutable=["logits"]` to `apply`."""
 
+RETRIEVAL = "retrieval"
+"""Collection that receives what was retrieved from a cache of blocks, see
+`ops.landmark_cache.Retrieval`: pass `mutable=["retrieval"]` to `apply`."""
+
 _FIRST = {"reduce_fn": lambda kept, new: kept or (new,)}
 """Options of `sow` for a module that may be called again, for another stream."""
 
