@@ -82,11 +82,11 @@ class LongLanguageModelling(LanguageModelling):
             raise RecipeError(f"task.chunk={self.chunk}, top_k={top_k}: {error}") from error
 
     def _read_empty(self, key, tokens):
-        # A full block less one in front is the longest there is.
+        # Chunks of whole blocks leave nothing behind; else a block less one may be in front.
         params = self.model.init(key, tokens)["params"]
         cache = self.model.empty_cache(1, self.blocks)
-        tail = jnp.zeros((1, self.model.block), jnp.int32)
-        for part in (tail[:, : self.model.block - 1], tokens):
+        tail = self.model.block - 1 if self.chunk % self.model.block else 0
+        for part in (jnp.zeros((1, tail), jnp.int32), tokens):
             if part.shape[1]:
                 _, cache, _ = self._read(params, part, cache)
         return cache
