@@ -189,12 +189,30 @@ class RotaryAttention(nn.Module):
             normalise = lambda x, name: RMSNorm(self.head_epsilon, self.dtype, name=name)(x)
             query_btnh = normalise(query_btnh, "query_norm")
             key_bskh = normalise(key_bskh, "key_norm")
-        out_btnh, cache, measures = self.mix(
-            query_btnh, key_bskh, value_bskh, positions, segments, lengths, cache
+        out_btnh, cache, measures = self.mix_for(
+            x, query_btnh, key_bskh, value_bskh, positions, segments, lengths, cache
         )
         kernel, _ = Projection((n, h, d), None, self.dtype, name="out")()
         kernel_nhd = gather(kernel, "heads", None, None)
         return jnp.einsum("btnh,nhd->btd", out_btnh, kernel_nhd), cache, measures
+
+    def mix_for(
+        self,
+        x: Array,
+        query: Array,
+        key: Array,
+        value: Array,
+        positions: Array,
+        segments: Array | None,
+        lengths: Array | None,
+        cache: Any,
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """Average values for tokens `x [b,t,d]`; what subclasses replace that look at the tokens.
+
+        Other arguments and results as in `mix`.
+        """
+        del x
+        return self.mix(query, key, value, positions, segments, lengths, cache)
 
     def mix(
         self,
