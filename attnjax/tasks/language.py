@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,12 @@ class LanguageModelling(ModelTask):
     With `packed`, the batch also holds `segments [b,t]` int32: documents that do not see each other
     and are not predicted from each other; 0 is padding. With `scored`, it holds `scored [b,t]`
     bool, which tokens are to be predicted. Logits exist for a part of the tokens at a time only.
+    Evaluation texts may have another length than those of training.
     """
+
+    free_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        name: (1,) for name in ("tokens", "segments", "scored")
+    }
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class LanguageModelling(ModelTask):
         packed: bool = False,
         scored: bool = False,
         bytes_per_token: float = 1.0,
+        tokens_per_word: float = 0.0,
     ):
         """Bind a model to the task.
 
@@ -84,6 +90,8 @@ class LanguageModelling(ModelTask):
           packed: the batch holds `segments`.
           scored: the batch holds `scored`.
           bytes_per_token: mean length of a token, for bits per byte.
+          tokens_per_word: mean tokens of a word, for the perplexity of words, as lm-eval has it of
+            WikiText; 0: it is left out.
 
         Raises:
           RecipeError: a value is out of range, or the model sees what it should predict.
@@ -92,6 +100,7 @@ class LanguageModelling(ModelTask):
             ("z_loss", z_loss, z_loss >= 0),
             ("logits_chunk", logits_chunk, logits_chunk >= 0),
             ("bytes_per_token", bytes_per_token, bytes_per_token > 0),
+            ("tokens_per_word", tokens_per_word, tokens_per_word >= 0),
         ):
             if not fine:
                 raise RecipeError(f"task.{name}={value!r} is out of range")
@@ -108,6 +117,7 @@ class LanguageModelling(ModelTask):
         super().__init__(model)
         self.z_loss, self.logits_chunk = z_loss, logits_chunk
         self.packed, self.scored, self.bytes_per_token = packed, scored, bytes_per_token
+        self.tokens_per_word = tokens_per_word
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -203,18 +213,25 @@ class LanguageModelling(ModelTask):
         return loss, metrics | {name: x for name, x in aux.items() if name != "penalty"}
 
     def evaluate(self, params: Params, batch: Batch) -> dict[str, Metric]:
-        """Return states of `loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy`."""
+        """Return states of `loss` (nats per token), `perplexity`, `bits_per_byte`, `accuracy`.
+
+        And of `word_perplexity`, exp(loss x tokens_per_word), if that number is given.
+        """
         losses, counts, _ = self._compare(params, batch)
         return self._states(losses, counts, batch)
 
     def _states(self, losses, counts, batch):
         hits = losses.best == jnp.roll(batch["tokens"], -1, axis=1)
-        return {
+        states = {
             "loss": Mean.of(losses.nll, valid=counts),
             "perplexity": Perplexity.of(losses.nll, valid=counts),
             "bits_per_byte": BitsPerByte.from_losses(losses.nll, counts, self.bytes_per_token),
             "accuracy": Mean.of(hits, valid=counts),
         }
+        if self.tokens_per_word:
+            of_words = self.tokens_per_word * losses.nll
+            states["word_perplexity"] = Perplexity.of(of_words, valid=counts)
+        return states
 
     def predict(self, params: Params, batch: Batch) -> dict[str, Array]:
         """Return what is thought of every next token.

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Language modelling whose evaluation reads texts of any length through a cache of blocks."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,6 @@ class LongLanguageModelling(LanguageModelling):
     is counted how often the last layer retrieves it.
     """
 
-    free_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {"tokens": (1,), "scored": (1,)}
-
     def __init__(
         self,
         model: Any,
@@ -40,6 +37,7 @@ class LongLanguageModelling(LanguageModelling):
         scored: bool = False,
         logits_chunk: int = 0,
         bytes_per_token: float = 1.0,
+        tokens_per_word: float = 0.0,
     ):
         """Bind a model to the task.
 
@@ -50,7 +48,7 @@ class LongLanguageModelling(LanguageModelling):
           top_k: blocks that a query retrieves.
           retrieval: a member of `ops.landmark_cache.RETRIEVALS`.
           miss_cutoff: where a context-miss token has a smaller share, nothing is retrieved.
-          scored, logits_chunk, bytes_per_token: as in `LanguageModelling`.
+          scored, logits_chunk, bytes_per_token, tokens_per_word: as in `LanguageModelling`.
 
         Raises:
           RecipeError: a value is out of range, or the model reads no chunks.
@@ -63,8 +61,9 @@ class LongLanguageModelling(LanguageModelling):
         if not hasattr(model, "has_landmarks"):
             raise RecipeError(f"task long_language: {type(model).__name__} knows no landmarks")
         super().__init__(
-            model, scored=scored, logits_chunk=logits_chunk, bytes_per_token=bytes_per_token
-        )
+            model, scored=scored, logits_chunk=logits_chunk, bytes_per_token=bytes_per_token,
+            tokens_per_word=tokens_per_word,
+        )  # fmt: skip
         if not 0 <= miss_cutoff <= 1:
             raise RecipeError(f"task.miss_cutoff={miss_cutoff}: must be in [0, 1]")
         self.chunk, self.blocks = chunk, blocks

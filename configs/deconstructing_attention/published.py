@@ -13,13 +13,15 @@ Run:     python -m launch.train --config=configs/deconstructing_attention/publis
 Data:    $SLIMPAJAMA/{train,test}/*.bin, tokens of Pythia's tokenizer as uint16; the fixed sequence
          with --config.model.options (the first 2048 tokens of FineWeb-10BT in the paper)
 Cost:    not run by us; about 4e19 operations for 500m
-Expect:  test/perplexity in the paper's order of mixers
+Expect:  test_2048/perplexity in the paper's order of mixers; by words with the corpus's number,
+         --config.task.tokens_per_word; test_128 to test_1024: perplexity by context
 """
 
 from attnjax.errors import RecipeError
 from attnjax.recipe import Checkpoint, Data, Evaluation, Optim, Recipe, Report
 from attnjax.registry import nearest
 
+CONTEXTS = (128, 256, 512, 1024, 2048)
 VARIANTS = ("500m", "70m", "160m", "500m-gqa", "1.7b")
 
 
@@ -50,7 +52,14 @@ def get_config(variant: str = "") -> Recipe:
             weight_decay=0.1,
             clip=1.0,
         ),
-        evals={"test": Evaluation(data=Data(source={**source, "split": "test"}), every=2_000)},
+        evals={
+            f"test_{length}": Evaluation(
+                data=Data(source={**source, "split": "test", "length": length}),
+                # The paper's table of perplexity by context is made once, at the end.
+                every=2_000 if length == CONTEXTS[-1] else 0,
+            )
+            for length in CONTEXTS
+        },
         checkpoint=Checkpoint(every=1_000, keep=2),
         report=Report(every=50, samples=0),
     )

@@ -82,7 +82,7 @@ def test_loss_is_the_mean_over_the_tokens_that_count(chunk, packed):
 
 
 def test_evaluation_counts_valid_examples_only():
-    task, params = make(bytes_per_token=2.5)
+    task, params = make(bytes_per_token=2.5, tokens_per_word=1.5)
     batch = draw(3) | {"valid": np.array([True, False, True])}
     values = metrics.compute(jax.jit(task.evaluate)(params, batch))
     _, nll, _ = by_hand(task, params, batch)
@@ -90,6 +90,7 @@ def test_evaluation_counts_valid_examples_only():
     assert values["loss"] == pytest.approx(mean, rel=TOLERANCE)
     assert values["perplexity"] == pytest.approx(math.exp(mean), rel=TOLERANCE)
     assert values["bits_per_byte"] == pytest.approx(mean / math.log(2) / 2.5, rel=TOLERANCE)
+    assert values["word_perplexity"] == pytest.approx(math.exp(1.5 * mean), rel=TOLERANCE)
     found = jax.jit(task.predict)(params, batch)
     np.testing.assert_allclose(
         found["log_likelihood"], np.where(batch["valid"], -nll.sum(1), 0), rtol=TOLERANCE
