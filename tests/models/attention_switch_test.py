@@ -61,7 +61,7 @@ PLACES = {
     "writer": (functools.partial(encoder_decoder, place="decoder_attention"), {"causal": True}),
     "cross": (encoder_decoder, {"causal": True, "cross": True}),
 }
-QUICK = {("decoder", "local"), ("vit", "softmax"), ("encoder", "local")}
+QUICK = {("decoder", "local"), ("vit", "softmax")}
 CASES = [
     pytest.param(place, name, marks=() if (place, name) in QUICK else pytest.mark.slow)
     for place, (_, flags) in PLACES.items()

@@ -16,7 +16,7 @@ FIELDS = {"vocab_size": 20, "table": (22, 21), "width": 16, "num_heads": 2, "hid
 
 def drawn(**fields):
     model = build("landmark", None, **FIELDS, **fields)
-    params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     return model, jax.tree.map(np.asarray, params)
 
 

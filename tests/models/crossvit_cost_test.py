@@ -54,7 +54,10 @@ def traced(model):
     return forward.trace(abstract_params(model), model.example(1))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset",
+    [p if p in ("tiny", "18-dagger") else pytest.param(p, marks=pytest.mark.slow) for p in PRESETS],
+)
 def test_flops_of_presets(preset):
     model = build("crossvit", preset, attention_implementation="reference")
     program = traced(model)
@@ -128,7 +131,7 @@ def bend(values):
     return (c - b) / (z - y) / ((b - a) / (y - x)) - 1
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_cross_attention_is_linear_in_the_tokens(backward):
     assert abs(bend([flops_of("cross", n, backward) for n in PATCHES])) < CURVATURE
     memory = [bytes_of("cross", n, backward) / (n + 1) for n in PATCHES]

@@ -133,7 +133,10 @@ def ablation(kind):
     return output, flatten(gradients)
 
 
-@pytest.mark.parametrize("kind", FUSIONS)
+@pytest.mark.parametrize(
+    "kind",
+    [f if f in ("cls", "cross") else pytest.param(f, marks=pytest.mark.slow) for f in FUSIONS],
+)
 def test_every_fusion_trains_all_its_parameters(kind):
     output, gradients = ablation(kind)
     assert np.isfinite(output.logits).all()
@@ -226,7 +229,7 @@ def test_stems_make_the_published_numbers_of_tokens(stem):
         assert tokens == {240: [400, 196], 408: [1156, 576]}[size[0]]
 
 
-@pytest.mark.parametrize("stem", ["t2t", "performer"])
+@pytest.mark.parametrize("stem", [pytest.param("t2t", marks=pytest.mark.slow), "performer"])
 def test_hybrid_stems_train_all_but_the_random_projection(stem):
     model = build("crossvit", **{**IMAGES, "fusion": "fine", "stem": stem})
     params, batch = draw(abstract_params(model)), inputs_of(model)

@@ -217,7 +217,9 @@ def expected_gradients(**fields):
     return gradients(model, params, draw(4))
 
 
-@pytest.mark.parametrize("remat", ["full", "offload", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "remat", ["offload", *(pytest.param(x, marks=pytest.mark.slow) for x in ("full", "dots"))]
+)
 def test_recomputation_changes_nothing(remat):
     model, params, _ = make(has_experts=True)
     loss, expected = expected_gradients(has_experts=True)
@@ -252,7 +254,9 @@ def test_offloaded_inputs_are_all_that_layers_leave():
 @pytest.mark.parametrize(
     ("sizes", "fields"),
     [
-        ({"data": 2, "fsdp": 2, "model": 2}, {"has_experts": True}),
+        pytest.param(
+            {"data": 2, "fsdp": 2, "model": 2}, {"has_experts": True}, marks=pytest.mark.slow
+        ),
         ({"fsdp": 2, "model": 2, "context": 2}, {"has_experts": True}),
         pytest.param({"data": 2, "context": 4}, {"window": 4}, marks=pytest.mark.slow),
     ],

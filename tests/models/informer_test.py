@@ -116,8 +116,13 @@ def test_every_parameter_is_trained():
     [
         {"encoder_attention": {"name": "local", "window": 2}},
         {"decoder_attention": "local"},
-        {"decoder_attention": "local", "decoder_causal": False},
-        {"cross_attention": "softmax", "decoder_causal": False},
+        *(
+            pytest.param(fields, marks=pytest.mark.slow)
+            for fields in (
+                {"decoder_attention": "local", "decoder_causal": False},
+                {"cross_attention": "softmax", "decoder_causal": False},
+            )
+        ),
     ],
     ids=str,
 )

@@ -106,14 +106,21 @@ def test_positions_jump_in_training_alone(network):
 def test_context_miss_token(network):
     """Control changes training; reading with enough blocks is one tape whose past is controlled."""
     model, _, tokens = network
-    model = model.clone(landmarks={"context_miss": 0.5})
-    params = jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0), tokens)["params"])
+    model = model.clone(landmarks={"context_miss": 0.5}, depth=1)
+    drawn = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = jax.tree.map(lambda x: 2 * x, drawn)
     assert params["miss"]["embedding"].shape == (1, 32)
-    apply = lambda **options: model.apply({"params": params}, tokens, **options).logits
-    calm, trained = apply(), apply(train=True, rngs={"attention": jax.random.key(1)})
+
+    @functools.partial(jax.jit, static_argnames="train")
+    @functools.partial(jax.grad, has_aux=True)
+    def step(params, train):
+        rngs = {"attention": jax.random.key(1)}
+        logits = model.apply({"params": params}, tokens, train=train, rngs=rngs).logits
+        return jnp.sum(logits**2), logits
+
+    (grads, calm), (_, trained) = step(params, train=False), step(params, train=True)
     np.testing.assert_allclose(trained[:, :5], calm[:, :5], atol=ATOL)
     assert np.abs(trained[:, 6:] - calm[:, 6:]).max() > 1e-3
-    grads = jax.grad(lambda p: jnp.sum(model.apply({"params": p}, tokens).logits ** 2))(params)
     assert np.abs(grads["miss"]["embedding"]).max() > 0
     rates = []
     for cutoff in (0.0, 0.2, 1.0):
@@ -129,6 +136,7 @@ def test_parts_see_themselves_and_the_part_before(network):
     params = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
     embedded = params["embed"]["embedding"][tokens]
 
+    @jax.jit
     def mixed(x):
         layer = recurrent.bind({"params": params})
         (x, _), _ = layer.layers((x, None), None, None, Reading(), False)
@@ -186,7 +194,7 @@ def test_the_papers_model_has_its_size():
 def test_initial_values_have_the_papers_sizes():
     """The last matrix of each branch is smaller, so that their sum does not grow with depth."""
     model = Landmark(depth=8, width=64, hidden=256)
-    params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     layers = params["layers"]
     for kernel in (layers["attention"]["query"], layers["mlp"]["up"]):
         np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02, rtol=0.03)
