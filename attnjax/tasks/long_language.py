@@ -25,6 +25,8 @@ class LongLanguageModelling(LanguageModelling):
     is counted how often the last layer retrieves it.
     """
 
+    extras = ("holder",)
+
     def __init__(
         self,
         model: Any,

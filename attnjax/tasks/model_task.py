@@ -28,6 +28,8 @@ class ModelTask:
     """Batch entries that `loss` reads besides the model's inputs."""
     free_axes: Mapping[str, tuple[int, ...]] = {}
     """Batch entry -> axes that may have another size in evaluation than in training."""
+    extras: tuple[str, ...] = ()
+    """Batch entries that evaluation reads where the data has them."""
 
     def __init__(self, model: Any):
         """Bind a model: a Linen module with `example` and `flops`."""

@@ -33,6 +33,11 @@ class Task(Protocol):
         ...
 
     @property
+    def extras(self) -> Sequence[str]:
+        """Names of batch entries that evaluation reads where the data has them."""
+        ...
+
+    @property
     def param_axes(self) -> Sequence[tuple[str, tuple[str | None, ...]]]:
         """Pairs of (regular expression on the parameter path, logical axis names)."""
         ...

@@ -36,7 +36,7 @@ def evaluate(
     for rows in eval_batches(evaluation.data, batch, *process_shard(program.mesh)):
         compiles = watchdog is not None and total is None
         with watchdog.paused() if compiles else contextlib.nullcontext():
-            states = program.evaluate(params, program.to_device(rows))
+            states = program.evaluate(params, program.to_device(rows, program.task.extras))
             if compiles:
                 jax.block_until_ready(states)
         if total is None:

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,16 +82,16 @@ class Program:
         ema = () if isinstance(state.ema, tuple) else jax.tree.map(jnp.copy, params)
         return dataclasses.replace(state, params=params, ema=ema)
 
-    def to_device(self, batch: Batch) -> dict[str, Array]:
+    def to_device(self, batch: Batch, extras: Sequence[str] = ()) -> dict[str, Array]:
         """Turn this process's share of a batch (NumPy) into global sharded arrays.
 
-        Only what the task reads, and `valid`, travels to the devices.
+        Only what the task reads, `valid` and the named extras travel to the devices.
         """
-        sharding = batch_sharding(self.mesh)
+        sharding, kept = batch_sharding(self.mesh), {*self.batch, "valid", *extras}
         return {
             name: jax.make_array_from_process_local_data(sharding, value)
             for name, value in batch.items()
-            if name in self.batch or name == "valid"
+            if name in kept
         }
 
 

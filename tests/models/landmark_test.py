@@ -125,7 +125,7 @@ def test_context_miss_token(network):
     rates = []
     for cutoff in (0.0, 0.2, 1.0):
         task = LongLanguageModelling(model, chunk=10, blocks=8, top_k=3, miss_cutoff=cutoff)
-        states = jax.jit(task.evaluate)(params, {"tokens": tokens})
+        states = jax.jit(task.evaluate)(params, {"tokens": tokens[:, :30]})
         rates.append(float(states["dropped"].compute()))
     assert rates[0] == 0 < rates[1] < rates[2] == 1
 
