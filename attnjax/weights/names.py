@@ -139,6 +139,18 @@ LAYOUTS = {
         lambda x: x.transpose(3, 2, 0, 1),
         lambda x, s: x.transpose(2, 3, 1, 0),
     ),
+    # A linear map that is a convolution of side 1, and vectors with an axis of 1 for the tokens.
+    "conv_1x1": (
+        lambda s: (s[1], s[0], 1, 1),
+        lambda x: x.T[:, :, None, None],
+        lambda x, s: x[:, :, 0, 0].T,
+    ),
+    "middle": (
+        lambda s: (s[0], 1, s[1]),
+        lambda x: x[:, None],
+        lambda x, s: x[:, 0],
+    ),
+    "last": (lambda s: (*s, 1), lambda x: x[..., None], lambda x, s: x[..., 0]),
     "conv1d": (lambda s: tuple(s[::-1]), lambda x: x.T, lambda x, s: x.T),
     # GPT-2 keeps linear maps as [in, out].
     "in_plain": (
