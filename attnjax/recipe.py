@@ -57,7 +57,7 @@ class Optim:
       decay: `cosine`, `linear`, `inverse_sqrt`, `step` or `constant`.
       end_lr: learning rate reached at `steps - cooldown` and kept for the cool-down; of the decay
         `step`, the lowest one.
-      cooldown: last steps at `end_lr`.
+      cooldown: last steps at `end_lr`; below 0: the run ends so many steps before the decay does.
       decay_every, decay_rate: of the decay `step`: after every so many steps the learning rate is
         multiplied by the rate.
       weight_decay: decoupled decay, for parameters that no pattern of `no_decay` matches.
@@ -206,7 +206,7 @@ class Recipe:
             _require(optim.cooldown == 0, "optim.cooldown", optim.cooldown, "0: steps go on")
         _require(optim.accumulate >= 1, "optim.accumulate", optim.accumulate, "at least 1")
         _require(0 <= optim.ema < 1, "optim.ema", optim.ema, "in [0, 1)")
-        for field in ("clip", "weight_decay", "warmup", "warmup_lr", "end_lr", "cooldown", "eps"):
+        for field in ("clip", "weight_decay", "warmup", "warmup_lr", "end_lr", "eps"):
             _require(getattr(optim, field) >= 0, f"optim.{field}", getattr(optim, field), ">= 0")
         for field in ("beta1", "beta2", "momentum"):
             value = getattr(optim, field)

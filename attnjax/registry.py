@@ -142,6 +142,7 @@ SOURCES = {
     "needle": "attnjax.data.sequences:Needle",
     "packed_tokens": "attnjax.data.token_files:PackedTokens",
     "parametric_shapes": "attnjax.data.points:ParametricShapes",
+    "pass_key": "attnjax.data.pass_key:PassKey",
     "pathfinder": "attnjax.data.sequences:Pathfinder",
     "pcn": "attnjax.data.points:Pcn",
     "photo_pairs": "attnjax.data.pictures:PhotoPairs",

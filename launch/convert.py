@@ -21,6 +21,7 @@ RESIZE = flags.DEFINE_bool("resize_positions", False, "Fit position tables of an
 PICKLE = flags.DEFINE_bool(
     "allow_torch_pickle", False, "Read a PyTorch checkpoint with torch.load(weights_only=True)."
 )
+BASE = flags.DEFINE_string("base", "", "File to which the input is a difference, as published.")
 
 
 def main() -> None:
@@ -42,6 +43,7 @@ def main() -> None:
         layout=TO.value,
         resize_positions=RESIZE.value,
         allow_torch_pickle=PICKLE.value,
+        base=BASE.value,
     )
     print(report)
 

@@ -293,7 +293,7 @@ class KeyRecall:
     The landmark of a block must tell that the key is in it, and attention must find it there, among
     as many blocks as there are. Fillers and values are drawn, as is the place. Examples have
     `tokens` int32 and `scored` bool, `[block * blocks + 4]`: v1 and v2 are to be predicted behind
-    the question.
+    the question; and `holder` int32, the block that holds them, -1 at all other tokens.
 
     Args:
       split: "train" or "test", never sharing an example.
@@ -345,7 +345,10 @@ class KeyRecall:
         tokens[-4:] = ask, key, *values
         scored = np.zeros(self.length, bool)
         scored[-2:] = True
-        return {"tokens": tokens.astype(np.int32), "scored": scored}
+        holder = np.where(scored, place // self._block, -1)
+        return {
+            "tokens": tokens.astype(np.int32), "scored": scored, "holder": holder.astype(np.int32),
+        }  # fmt: skip
 
 
 def _check_least(**values: tuple[int, int]) -> None:

@@ -7,6 +7,7 @@ Implemented from the equations; hidden states agree with transformers (tests/gol
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from attnjax.errors import RecipeError
 from attnjax.nn.attention import CAPTURE
 from attnjax.nn.experts import ExpertOptions
+from attnjax.nn.head_mixture import HeadMixture, MixtureAttention
 from attnjax.nn.norm import RMSNorm
 from attnjax.nn.pattern_attention import choose_attention
 from attnjax.nn.stack import empty_streams
@@ -25,6 +27,7 @@ from attnjax.nn.text import HIDDEN, REMATS, Kernel, TokenTable, decoder_stack, h
 from attnjax.ops import efficient
 from attnjax.ops.cache import Cache, FullCache, WindowCache
 from attnjax.ops.efficient import PatternAttention, Stream
+from attnjax.ops.positions import Rotary
 from attnjax.parallel.constrain import constrain, gather
 from attnjax.registry import nearest
 from attnjax.typing import Array, Params
@@ -32,6 +35,9 @@ from attnjax.weights.names import rule, stacked
 
 ATTENTIONS = ("causal", "bidirectional")
 """The decoder's own attention: rotary, with grouped queries."""
+
+MIXTURE = "head_mixture"
+"""Name of the decoder's own attention with heads that tokens choose."""
 
 PROJECTIONS = ("plain", "biased", "normed")
 """Queries, keys and values without more; with biases (Qwen2); or queries and keys normalised per
@@ -54,11 +60,20 @@ PRESETS = {
     },
     "llama3_8b": {
         "vocab_size": 128_256, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
-        "length": 8192, "rope_base": 500_000.0,
+        "length": 8192, "rotary": 500_000.0,
     },
     "llama3_70b": {
         "vocab_size": 128_256, "width": 8192, "depth": 80, "heads": (64, 8), "hidden": 28_672,
-        "length": 8192, "rope_base": 500_000.0,
+        "length": 8192, "rotary": 500_000.0,
+    },
+    "llama31_8b": {
+        "vocab_size": 128_256, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
+        "length": 131_072, "rotary": {"base": 500_000.0, "scaling": (8.0, 1.0, 4.0, 8192)},
+    },
+    "llama32_1b": {
+        "vocab_size": 128_256, "width": 2048, "depth": 16, "heads": (32, 8), "hidden": 8192,
+        "length": 131_072, "rotary": {"base": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8192)},
+        "tied": True,
     },
     "mistral_7b_v01": {
         "vocab_size": 32_000, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
@@ -66,21 +81,36 @@ PRESETS = {
     },
     "qwen2_05b": {
         "vocab_size": 151_936, "width": 896, "depth": 24, "heads": (14, 2), "hidden": 4864,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6,
+        "length": 8192, "rotary": 1_000_000.0, "epsilon": 1e-6,
         "projections": "biased", "tied": True,
     },
     "qwen25_7b": {
         "vocab_size": 152_064, "width": 3584, "depth": 28, "heads": (28, 4), "hidden": 18_944,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6, "projections": "biased",
+        "length": 8192, "rotary": 1_000_000.0, "epsilon": 1e-6, "projections": "biased",
     },
     "qwen3_06b": {
         "vocab_size": 151_936, "width": 1024, "depth": 28, "heads": (16, 8, 128), "hidden": 3072,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6,
+        "length": 8192, "rotary": 1_000_000.0, "epsilon": 1e-6,
         "projections": "normed", "tied": True,
     },
     "qwen3_8b": {
         "vocab_size": 151_936, "width": 4096, "depth": 36, "heads": (32, 8, 128), "hidden": 12_288,
-        "length": 8192, "rope_base": 1_000_000.0, "epsilon": 1e-6, "projections": "normed",
+        "length": 8192, "rotary": 1_000_000.0, "epsilon": 1e-6, "projections": "normed",
+    },
+    # MoH, arXiv 2410.11842, Table 3: LLaMA's shape from nothing, three quarters of the heads at
+    # work, a quarter shared (which part is not said); and LLaMA 3 trained further, Section 4.4.
+    "moh_s": {
+        "vocab_size": 65_536, "width": 768, "depth": 12, "heads": (12, 12), "hidden": 2048,
+        "length": 2048, "attention": {"name": MIXTURE, "shared": 3, "top_k": 6},
+    },
+    "moh_b": {
+        "vocab_size": 65_536, "width": 1536, "depth": 24, "heads": (16, 16), "hidden": 4096,
+        "length": 2048, "attention": {"name": MIXTURE, "shared": 4, "top_k": 8},
+    },
+    "moh_llama3_8b": {
+        "vocab_size": 128_256, "width": 4096, "depth": 32, "heads": (32, 8), "hidden": 14_336,
+        "length": 8192, "rotary": 500_000.0,
+        "attention": {"name": MIXTURE, "shared": 16, "top_k": 8, "router": "queries"},
     },
     "tiny": {},
 }  # fmt: skip
@@ -93,7 +123,8 @@ class Output:
     Attributes:
       logits: `[b, t, v]` float32.
       aux: with experts, float32 scalars: `load_loss`, `z_loss` and `dropped`, means over the
-        layers, and `penalty`, the sum of the layers' weighted losses; empty without.
+        layers, and `penalty`, the sum of the layers' weighted losses; with a mixture of heads
+        `balance_loss`, `dropped` and `penalty`, likewise; empty without.
     """
 
     logits: Array
@@ -115,10 +146,12 @@ class Decoder(nn.Module):
         without which query heads divide the width.
       hidden: hidden width of the channel stage, or of every expert.
       attention: "causal" (also None), or "bidirectional": everything sees everything, without a
-        window; or another causal self-attention, see `choose_attention`, which has as many
-        key/value heads as query heads, biases of its own and, where it rotates, `rope_base`.
+        window; or `{"name": "head_mixture", ...}` with fields of `nn.head_mixture.HeadMixture`:
+        causal, with heads that tokens choose; or another causal self-attention, see
+        `choose_attention`, which has as many key/value heads as query heads, biases of its own and,
+        where it rotates, `rotary`'s base.
       window: tokens that a query sees, its own included; None: all before.
-      rope_base: of the rotary wavelengths.
+      rotary: base of the rotary wavelengths, or fields of `ops.positions.Rotary`.
       epsilon: of the norms.
       projections: of queries, keys and values, a member of `PROJECTIONS`.
       tied: the head is the transposed token table.
@@ -137,7 +170,7 @@ class Decoder(nn.Module):
     hidden: int = 128
     attention: str | Mapping[str, Any] | None = "causal"
     window: int | None = None
-    rope_base: float = 10_000.0
+    rotary: float | Mapping[str, Any] = 10_000.0
     epsilon: float = 1e-5
     projections: str = "plain"
     tied: bool = False
@@ -169,8 +202,23 @@ class Decoder(nn.Module):
             raise RecipeError(
                 f"model.width={self.width}: must be an even multiple of the {self.heads[0]} heads"
             )
+        try:
+            Rotary.of(self.rotary)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"model.rotary={self.rotary}: {error}") from error
         ExpertOptions.of(self.experts)
         self.make_attention()
+
+    def head_mixture(self) -> HeadMixture | None:
+        """Return how heads are chosen; None if all of them work for all tokens.
+
+        Raises:
+          RecipeError: fields are unknown or out of range.
+        """
+        if not isinstance(self.attention, Mapping) or self.attention.get("name") != MIXTURE:
+            return None
+        fields = {name: value for name, value in self.attention.items() if name != "name"}
+        return HeadMixture.of(fields, self.heads[0])
 
     def make_attention(self) -> PatternAttention | None:
         """Return the attention that replaces the decoder's own; None if that stays.
@@ -179,7 +227,7 @@ class Decoder(nn.Module):
           RecipeError: there is no such one, it has no causal form, draws at random, or does not go
             together with other fields.
         """
-        if self.attention is None or self.attention in ATTENTIONS:
+        if self.attention is None or self.attention in ATTENTIONS or self.head_mixture():
             return None
         if isinstance(self.attention, str) and self.attention not in efficient.ATTENTIONS:
             known = nearest(self.attention, (*ATTENTIONS, *efficient.ATTENTIONS))
@@ -198,7 +246,10 @@ class Decoder(nn.Module):
             raise RecipeError(f"model.attention={self.attention!r}: the decoder draws nothing")
         is_set = isinstance(self.attention, Mapping) and "rotary_base" in self.attention
         if attention.rotates and not is_set:
-            attention = dataclasses.replace(attention, rotary_base=self.rope_base)
+            rotary = Rotary.of(self.rotary)
+            if rotary != Rotary(rotary.base):
+                raise RecipeError(f"model.rotary={self.rotary}: {name} takes a base only")
+            attention = dataclasses.replace(attention, rotary_base=rotary.base)
         return attention
 
     def setup(self):
@@ -210,18 +261,29 @@ class Decoder(nn.Module):
             hidden=self.hidden,
             is_causal=self.is_causal,
             window=self.window,
-            rope_base=self.rope_base,
+            rotary=Rotary.of(self.rotary),
             qkv_bias=self.projections == "biased",
             head_epsilon=self.epsilon if self.projections == "normed" else None,
             epsilon=self.epsilon,
             experts=ExpertOptions.of(self.experts),
             pattern=self.make_attention(),
+            mixer=self._mixer(),
             dtype=self.dtype,
             implementation=self.attention_implementation,
         )
         self.norm = RMSNorm(self.epsilon, self.dtype)
         if not self.tied:
             self.head = Kernel((self.width, self.vocab_size))
+
+    def _mixer(self):
+        mixture = self.head_mixture()
+        if mixture is None:
+            return None
+        return functools.partial(
+            MixtureAttention, tuple(self.heads), True, self.window, Rotary.of(self.rotary),
+            self.projections == "biased", self.epsilon if self.projections == "normed" else None,
+            self.dtype, self.attention_implementation, mixture, self.depth,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -449,6 +511,9 @@ def _names():
         yield stacked(f"{ours}/{part}/bias", f"{theirs}.{letter}_proj.bias", "vector")
     for part, letter in (("query", "q"), ("key", "k")):
         yield stacked(f"{ours}/{part}_norm/scale", f"{theirs}.{letter}_norm.weight")
+    # Of decoders there is no release; these are the names in that of the vision models.
+    for part, name in (("routed", "wg"), ("types", "wg_0"), ("shared", "wg_1")):
+        yield stacked(f"{ours}/router/{part}/kernel", f"{theirs}.{name}.weight", "in")
     yield stacked(f"{ours}/out/kernel", f"{theirs}.o_proj.weight", "out")
     for part in ("gate", "up", "down"):
         tensor = f"model.layers.{{}}.mlp.{part}_proj.weight"

@@ -33,6 +33,7 @@ from attnjax.nn.text import (
 )
 from attnjax.ops.cache import FullCache
 from attnjax.ops.efficient import Stream
+from attnjax.ops.positions import Rotary
 from attnjax.ops.relaxed import (
     MIXERS,
     CumulativeState,
@@ -369,7 +370,7 @@ class RelaxedDecoder(nn.Module):
             return functools.partial(ChannelMixer, heads, self.dtype)
         is_qwen2 = self.family == "qwen2"
         shared = {
-            "heads": heads, "rope_base": self.rope_base, "qkv_bias": is_qwen2,
+            "heads": heads, "rotary": Rotary(self.rope_base), "qkv_bias": is_qwen2,
             "head_epsilon": None if is_qwen2 else EPSILON, "dtype": self.dtype,
             "implementation": self.attention_implementation,
         }  # fmt: skip

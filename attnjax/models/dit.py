@@ -21,6 +21,7 @@ from attnjax.nn.attention import CAPTURE, MultiHeadAttention
 from attnjax.nn.blocks import Mlp
 from attnjax.nn.diffusion import LevelEmbed
 from attnjax.nn.embed import PatchEmbed
+from attnjax.nn.head_mixture import COMPUTES, HeadMixture, HeadRouter, mix_heads
 from attnjax.nn.initializers import TABLE, xavier_uniform
 from attnjax.nn.norm import LayerNorm
 from attnjax.nn.text import REMATS
@@ -79,7 +80,9 @@ class Output:
     Attributes:
       prediction: float32 `[b, y, x, 2 c]`: the noise that it sees, then how wide a step back is
         (`share` of `ops.learned_variance`); `[b, y, x, c]` without a variance.
-      aux: `features [b, t, d]` of the last layer.
+      aux: `features [b, t, d]` of the last layer; if any heads are chosen, float32 scalars, means
+        over the layers that choose: `balance_loss`, K where heads are chosen alike, and `dropped`,
+        the share of choices without a place.
     """
 
     prediction: Array
@@ -92,14 +95,20 @@ class Heads(NamedTuple):
     Attributes:
       count: heads n.
       head_dim: h; n h need not be the width of the model.
-      shared: heads that every token uses.
-      routed: heads that a token chooses among the others; shared + routed = n: none is chosen.
+      mixture: which of them a token uses; None: all, unweighed.
     """
 
     count: int
     head_dim: int
-    shared: int
-    routed: int
+    mixture: HeadMixture | None
+
+    @property
+    def scores(self) -> int:
+        """Outputs of the router."""
+        if self.mixture is None or self.count == 1:
+            return 0
+        shared, routed = self.mixture.shared, self.count - self.mixture.shared
+        return routed + (shared if shared > 1 else 0) + (2 if shared and routed else 0)
 
 
 class ConditionedBlock(nn.Module):
@@ -120,17 +129,30 @@ class ConditionedBlock(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: Array, condition: Array) -> Array:
-        """Map `x [b, t, d]` under `condition [b, d]` to the same shape."""
-        d = x.shape[-1]
+    def __call__(self, x: Array, condition: Array) -> tuple[Array, dict[str, Array]]:
+        """Map `x [b, t, d]` under `condition [b, d]` to the same shape; and measures of choices."""
+        d, measures = x.shape[-1], {}
         vectors_b1d = modulation(condition, 6, self.dtype)
         norm = functools.partial(LayerNorm, EPSILON, self.dtype, use_bias=False, use_scale=False)
-        wide = self.heads.count * self.heads.head_dim
-        attend = MultiHeadAttention(
-            self.heads.count, self.heads.head_dim, dtype=self.dtype,
-            implementation=self.implementation,
+        n, h, mixture = self.heads
+        router = None
+        if mixture is not None:
+            router = HeadRouter(n, mixture, nn.initializers.xavier_uniform(), name="router")
+
+        def mix(query, key, value, **options):
+            gates = router(normal_btd, query)
+            result, dropped = mix_heads(
+                query, key, value, gates, mixture, implementation=self.implementation, **options
+            )
+            if mixture.top_k:
+                measures.update(balance_loss=gates.balance_loss, dropped=dropped)
+            return result
+
+        attention = MultiHeadAttention(
+            n, h, dtype=self.dtype, implementation=self.implementation,
+            attend=None if router is None else mix,
             # One matrix in the released code, and drawn as one.
-            kernel_init=xavier_uniform(d, 3 * wide), out_init=xavier_uniform(wide, d),
+            kernel_init=xavier_uniform(d, 3 * n * h), out_init=xavier_uniform(n * h, d),
             name="attention",
         )  # fmt: skip
         mlp = Mlp(
@@ -138,10 +160,10 @@ class ConditionedBlock(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(), name="mlp",
         )  # fmt: skip
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors_b1d
-        branch_btd = attend(norm()(x) * (1 + scale) + shift)
-        x = constrain(x + gate * branch_btd, "batch", "sequence", None)
+        normal_btd = norm()(x) * (1 + scale) + shift
+        x = constrain(x + gate * attention(normal_btd), "batch", "sequence", None)
         branch_btd = mlp(norm()(x) * (1 + mlp_scale) + mlp_shift)
-        return constrain(x + mlp_gate * branch_btd, "batch", "sequence", None)
+        return constrain(x + mlp_gate * branch_btd, "batch", "sequence", None), measures
 
 
 def modulation(condition: Array, parts: int, dtype: str) -> list[Array]:
@@ -188,6 +210,8 @@ class DiT(nn.Module):
       mlp_ratio: hidden width of the MLP / width.
       mixture: runs of layers (layers, heads, shared, routed) whose heads are experts; empty: plain
         multi-head attention. Replaces `num_heads`.
+      compute: of heads that are chosen: "dense", all work, or "sparse", for tokens that chose them
+        (`nn.head_mixture.HeadMixture`).
       drop_label: rate of replacing the class by "no class" while training.
       has_variance: say how wide a step back is, too.
       dtype: compute dtype; parameters and the output are float32.
@@ -205,6 +229,7 @@ class DiT(nn.Module):
     head_dim: int | None = None
     mlp_ratio: float = 4.0
     mixture: tuple = ()
+    compute: str = "dense"
     drop_label: float = 0.1
     has_variance: bool = True
     dtype: str = "float32"
@@ -220,8 +245,10 @@ class DiT(nn.Module):
                 raise RecipeError(f"model.{name}={getattr(self, name)}: must be at least 1")
         if not 0 <= self.drop_label < 1:
             raise RecipeError(f"model.drop_label={self.drop_label}: must be in [0, 1)")
-        if self.remat not in REMATS:
-            raise RecipeError(f"model.remat={self.remat!r}: {nearest(self.remat, tuple(REMATS))}")
+        for name, choices in (("remat", tuple(REMATS)), ("compute", COMPUTES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise RecipeError(f"model.{name}={value!r}: {nearest(value, choices)}")
         if self.width % 4:
             raise RecipeError(f"model.width={self.width}: must be a multiple of 4 (positions)")
         if self.image_size % self.patch_size:
@@ -234,13 +261,13 @@ class DiT(nn.Module):
         """Return the heads of every layer.
 
         Raises:
-          RecipeError: runs of layers do not fit the depth, or heads the width.
+          RecipeError: runs of layers do not fit the depth, heads the width, or each other.
         """
         if any(len(run) != 4 for run in self.mixture):
             raise RecipeError(
                 f"model.mixture={self.mixture}: runs are (layers, heads, shared, routed)"
             )
-        runs = self.mixture or ((self.depth, self.num_heads, self.num_heads, 0),)
+        runs = self.mixture or ((self.depth, self.num_heads, None, None),)
         if sum(run[0] for run in runs) != self.depth:
             raise RecipeError(
                 f"model.mixture={self.mixture}: runs have {sum(run[0] for run in runs)} layers, "
@@ -252,7 +279,11 @@ class DiT(nn.Module):
                 raise RecipeError(
                     f"model: {count} heads must divide width={self.width} without a head_dim"
                 )
-            heads += layers * [Heads(count, self.head_dim or self.width // count, shared, routed)]
+            mixture = None
+            if self.mixture:
+                options = {"shared": shared, "top_k": routed, "compute": self.compute}
+                mixture = HeadMixture.of(options, count)
+            heads += layers * [Heads(count, self.head_dim or self.width // count, mixture)]
         return tuple(heads)
 
     @property
@@ -315,14 +346,19 @@ class DiT(nn.Module):
         block = ConditionedBlock
         if REMATS[self.remat] is not None:
             block = nn.remat(block, policy=REMATS[self.remat])
+        found = []
         for i, heads in enumerate(self.layers()):
-            x_btd = block(
+            x_btd, measures = block(
                 heads, int(self.width * self.mlp_ratio), self.dtype,
                 self.attention_implementation, name=f"block_{i}",
             )(x_btd, condition_bd)  # fmt: skip
+            found += [measures] if measures else []
         numbers = self.patch_size**2 * self.channels * (2 if self.has_variance else 1)
         patches_bpv = Final(numbers, self.dtype, name="final")(x_btd, condition_bd)
-        return Output(prediction=self._join(patches_bpv), aux={"features": x_btd})
+        aux = {"features": x_btd}
+        if found:
+            aux |= jax.tree.map(lambda *values: sum(values) / len(values), *found)
+        return Output(prediction=self._join(patches_bpv), aux=aux)
 
     def _positions(self):
         """Return `[t, d]`: sinusoids of the column, then of the row, on the grid of patches."""
@@ -353,7 +389,7 @@ class DiT(nn.Module):
         total = t * d * values * (3 if self.has_variance else 2) + WAVES * d + d * d + 2 * d * d
         for heads in self.layers():
             wide = heads.count * heads.head_dim
-            total += 4 * t * d * wide + 2 * t * t * wide + 6 * d * d
+            total += 4 * t * d * wide + 2 * t * t * wide + 6 * d * d + t * d * heads.scores
             total += 2 * t * d * int(d * self.mlp_ratio)
         return 2.0 * total
 
@@ -385,6 +421,8 @@ def _names():
     yield from linear(f"{block}/mlp/up", f"{theirs}.mlp.fc1")
     yield from linear(f"{block}/mlp/down", f"{theirs}.mlp.fc2")
     yield from linear(f"{block}/modulation", f"{theirs}.adaLN_modulation.1")
+    for ours, wg in (("routed", "wg"), ("types", "wg_0"), ("shared", "wg_1")):
+        yield rule(f"{block}/router/{ours}/kernel", f"{theirs}.attn.{wg}.weight", "in")
     yield from linear("final/modulation", "final_layer.adaLN_modulation.1")
     yield from linear("final/linear", "final_layer.linear")
 

@@ -100,7 +100,8 @@ def known_tensors(home: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
       home: the model's file; its TORCH_IGNORED lists patterns (`re.search`) of names to drop, its
-        TORCH_RENAMED pairs of a pattern and what `re.sub` puts in its place.
+        TORCH_RENAMED pairs of a pattern and what `re.sub` puts in its place, its TORCH_TIED names
+        of tensors and of those that they repeat, where a file holds these.
       tensors: arrays by name.
     """
     ignored, renamed = (getattr(home, n, ()) for n in ("TORCH_IGNORED", "TORCH_RENAMED"))
@@ -110,6 +111,9 @@ def known_tensors(home: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
             name = re.sub(pattern, replacement, name)
         if not any(re.search(pattern, name) for pattern in ignored):
             known[name] = tensor
+    for name, repeated in getattr(home, "TORCH_TIED", {}).items():
+        if repeated in known:
+            known.pop(name, None)
     return known
 
 

@@ -56,6 +56,7 @@ class Mlp(nn.Module):
       kernel_init: draws both matrices.
       output_dropout: rate after the second linear map; None: as after the first.
       use_bias: biases of both linear maps.
+      output_init: draws the second matrix; None: as the first.
     """
 
     hidden: int
@@ -65,16 +66,17 @@ class Mlp(nn.Module):
     kernel_init: Callable[..., Array] = LINEAR
     output_dropout: float | None = None
     use_bias: bool = True
+    output_init: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Map `x [b, t, d]` to `[b, t, d]`."""
         outer = self.dropout if self.output_dropout is None else self.output_dropout
         drop = lambda rate: nn.Dropout(rate, deterministic=not train)
-        dense = functools.partial(
-            nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, use_bias=self.use_bias
-        )
-        up, down = dense(self.hidden, name="up"), dense(x.shape[-1], name="down")
+        dense = functools.partial(nn.Dense, dtype=self.dtype, use_bias=self.use_bias)
+        up = dense(self.hidden, kernel_init=self.kernel_init, name="up")
+        last_init = self.output_init or self.kernel_init
+        down = dense(x.shape[-1], kernel_init=last_init, name="down")
         hidden_btf = constrain(up(x), "batch", "sequence", "mlp")
         hidden_btf = drop(self.dropout)(ACTIVATIONS[self.activation](hidden_btf))
         return drop(outer)(down(hidden_btf))

@@ -14,6 +14,20 @@ LINEAR = jax.nn.initializers.normal(0.02)
 TABLE = jax.nn.initializers.normal(0.02)
 
 
+def residual(depth: int):
+    """Return an initialiser of the last map of a residual branch: N(0, 0.02 / sqrt(2 depth)).
+
+    The sum of all branches then has the same size at any depth (GPT-2, Section 2.3).
+
+    Args:
+      depth: layers, each of two branches.
+
+    Returns:
+      An initialiser `(key, shape, dtype) -> Array`.
+    """
+    return jax.nn.initializers.normal(0.02 / math.sqrt(2 * depth))
+
+
 def xavier_uniform(fan_in: int, fan_out: int):
     """Return an initialiser uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010).
 

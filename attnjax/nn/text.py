@@ -19,7 +19,7 @@ from attnjax.nn.pattern_attention import Attention
 from attnjax.ops import mask as masks
 from attnjax.ops.cache import append_and_attend
 from attnjax.ops.efficient import PatternAttention
-from attnjax.ops.positions import rotate
+from attnjax.ops.positions import Rotary
 from attnjax.ops.relaxed import fold_batch, unfold_batch
 from attnjax.parallel.constrain import constrain, gather
 from attnjax.typing import Array
@@ -29,6 +29,10 @@ HIDDEN = "hidden"
 
 LOGITS = "logits"
 """Collection that receives how large scores become: pass `mutable=["logits"]` to `apply`."""
+
+RETRIEVAL = "retrieval"
+"""Collection that receives what was retrieved from a cache of blocks, see
+`ops.landmark_cache.Retrieval`: pass `mutable=["retrieval"]` to `apply`."""
 
 _FIRST = {"reduce_fn": lambda kept, new: kept or (new,)}
 """Options of `sow` for a module that may be called again, for another stream."""
@@ -112,7 +116,7 @@ def head_sizes(heads: tuple, width: int) -> tuple[int, int, int]:
 
 
 class RotaryAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions (half-split) and no output bias.
+    """Grouped-query self-attention with rotary positions and no output bias.
 
     When the collection "attention" is mutable, the probabilities `[b,n,t,s]` are sown there; when
     "logits" is, the sizes `[b,n]` of the largest visible scores. Subclasses mix otherwise.
@@ -122,7 +126,7 @@ class RotaryAttention(nn.Module):
         third number is their width h; d / n without.
       is_causal: queries see no later tokens; else they see all, and the window does not count.
       window: tokens that a query sees, its own included; None: all before.
-      rope_base: of the rotary wavelengths.
+      rotary: what the positions are like.
       qkv_bias: biases on query, key and value.
       head_epsilon: of an RMS norm of every query and key before they are rotated, as in Qwen3;
         None: there is none.
@@ -133,7 +137,7 @@ class RotaryAttention(nn.Module):
     heads: tuple
     is_causal: bool = True
     window: int | None = None
-    rope_base: float = 10_000.0
+    rotary: Rotary = Rotary()
     qkv_bias: bool = False
     head_epsilon: float | None = None
     dtype: str = "float32"
@@ -185,12 +189,30 @@ class RotaryAttention(nn.Module):
             normalise = lambda x, name: RMSNorm(self.head_epsilon, self.dtype, name=name)(x)
             query_btnh = normalise(query_btnh, "query_norm")
             key_bskh = normalise(key_bskh, "key_norm")
-        out_btnh, cache, measures = self.mix(
-            query_btnh, key_bskh, value_bskh, positions, segments, lengths, cache
+        out_btnh, cache, measures = self.mix_for(
+            x, query_btnh, key_bskh, value_bskh, positions, segments, lengths, cache
         )
         kernel, _ = Projection((n, h, d), None, self.dtype, name="out")()
         kernel_nhd = gather(kernel, "heads", None, None)
         return jnp.einsum("btnh,nhd->btd", out_btnh, kernel_nhd), cache, measures
+
+    def mix_for(
+        self,
+        x: Array,
+        query: Array,
+        key: Array,
+        value: Array,
+        positions: Array,
+        segments: Array | None,
+        lengths: Array | None,
+        cache: Any,
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """Average values for tokens `x [b,t,d]`; what subclasses replace that look at the tokens.
+
+        Other arguments and results as in `mix`.
+        """
+        del x
+        return self.mix(query, key, value, positions, segments, lengths, cache)
 
     def mix(
         self,
@@ -236,7 +258,7 @@ class RotaryAttention(nn.Module):
 
     def turn(self, x: Array, positions: Array) -> Array:
         """Rotate `x [b,t,n,h]` by its positions."""
-        return rotate(x, positions, base=self.rope_base)
+        return self.rotary.turn(x, positions)
 
     def is_captured(self, collection: str) -> bool:
         """Whether what belongs into a collection is wanted."""
@@ -299,7 +321,7 @@ class DecoderLayer(nn.Module):
     When the collection "hidden" is mutable, the input `[b, t, d]` is sown there.
 
     Attributes:
-      heads, is_causal, window, rope_base, qkv_bias, head_epsilon, implementation: see
+      heads, is_causal, window, rotary, qkv_bias, head_epsilon, implementation: see
         `RotaryAttention`.
       hidden: hidden width of the channel stage.
       epsilon: of the norms.
@@ -313,7 +335,7 @@ class DecoderLayer(nn.Module):
     hidden: int
     is_causal: bool = True
     window: int | None = None
-    rope_base: float = 10_000.0
+    rotary: Rotary = Rotary()
     qkv_bias: bool = False
     head_epsilon: float | None = None
     epsilon: float = 1e-5
@@ -365,7 +387,7 @@ class DecoderLayer(nn.Module):
     def _attend(self, x_btd, positions, segments, lengths, cache, source):
         if self.pattern is None:
             own = functools.partial(
-                RotaryAttention, self.heads, self.is_causal, self.window, self.rope_base,
+                RotaryAttention, self.heads, self.is_causal, self.window, self.rotary,
                 self.qkv_bias, self.head_epsilon, self.dtype, self.implementation,
             )  # fmt: skip
             mixer = (self.mixer or own)(name="attention")

@@ -8,9 +8,14 @@ up to and including a landmark. Of a query in block o, with scores z:
     inner_b   = softmax of z over the normal keys of another block b
     weight_k  = 0 for landmarks, main_k for k in o, inner_b,k * main_landmark(b) for k in b
 
+With a context-miss token of score z_0 (their release, `landmark_with_cmt`) the main softmax is
+over z_0, too, and the gates of some landmarks, the controlled ones, are a softmax among themselves,
+times the share of z_0: looking into their blocks is one choice, which one is another.
+
 `attnjax.ops.landmark` computes the same block by block.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,7 +27,39 @@ from attnjax.ops.normalizer import EMPTY_LSE, Rowwise, register, softmax
 from attnjax.typing import Array, PRNGKey
 
 
-@register(("is_landmark", "dropout_key"))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ContextMiss:
+    """The token that says that the context at hand is not enough, and what it decides on.
+
+    Attributes:
+      score: `[b,n,t]`, the token's scaled score for every query.
+      controlled: bool `[b|1, s]`, keys; only landmarks of earlier blocks count.
+      cutoff: a share of the token below this counts as 0: no controlled block is looked into.
+    """
+
+    score: Array
+    controlled: Array
+    cutoff: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    def gates(self, main: Array, controlled: Array, score: Array) -> Array:
+        """Return the gates `[b,n,t,x]` of own keys and landmarks alike.
+
+        Args:
+          main: scores `[b,n,t,x]` of what competes with the token, -inf elsewhere.
+          controlled: scores of the controlled landmarks, likewise.
+          score: the token's score `[b,n,t]`.
+        """
+        together, _ = softmax(jnp.concatenate([main, score[..., None]], axis=-1))
+        share = self.cut(together[..., -1])[..., None]
+        return together[..., :-1] + share * softmax(controlled)[0]
+
+    def cut(self, share: Array) -> Array:
+        """Return the shares of the token that count."""
+        return jnp.where(share < self.cutoff, 0, share)
+
+
+@register(("is_landmark", "dropout_key", "miss"))
 class Grouped(Rowwise):
     """Softmax in groups; queries are the last t of the s keys. Add a causal mask yourself.
 
@@ -33,11 +70,13 @@ class Grouped(Rowwise):
       is_landmark: bool `[b|1, s]`.
       dropout_rate: probability that a query's gate to another block is dropped (in training).
       dropout_key: typed key, needed when the rate is not 0.
+      miss: the context-miss token; None: there is none.
     """
 
     is_landmark: Any
     dropout_rate: float = 0.0
     dropout_key: PRNGKey | None = None
+    miss: ContextMiss | None = None
 
     def check(self, n, h, hv):
         shape, dtype = jnp.shape(self.is_landmark), jnp.result_type(self.is_landmark)
@@ -46,7 +85,7 @@ class Grouped(Rowwise):
         check_group_dropout(self.dropout_rate, self.dropout_key)
 
     def weights(self, scores):
-        b, n, t, s = scores.shape
+        b, _, t, s = scores.shape
         is_landmark = self.is_landmark
         if is_landmark.shape not in ((1, s), (b, s)) or t > s:
             raise ValueError(
@@ -55,13 +94,21 @@ class Grouped(Rowwise):
             )
         groups = s
         if isinstance(is_landmark, np.ndarray):
+            block = _regular_block(is_landmark)
+            if block:
+                return self._regular_weights(scores, block)
             groups = 1 + int(is_landmark.sum(axis=-1).max())
         is_landmark = jnp.asarray(is_landmark)
         count = jnp.cumsum(is_landmark, axis=-1, dtype=jnp.int32)
         block_bs = count - is_landmark
         own = (block_bs[:, s - t :, None] == block_bs[:, None, :])[:, None]
         landmark = is_landmark[:, None, None, :]
-        main, _ = softmax(scores, where=own ^ landmark)
+        if self.miss is None:
+            main, _ = softmax(scores, where=own ^ landmark)
+        else:
+            far = ~own & landmark & self.miss.controlled[:, None, None, :]
+            only = lambda where: jnp.where(where, scores, -jnp.inf)
+            main = self.miss.gates(only((own ^ landmark) & ~far), only(far), self.miss.score)
         inner = _softmax_by_group(
             jnp.where(own | landmark, -jnp.inf, scores),
             jnp.broadcast_to(block_bs, (b, s)),
@@ -77,17 +124,63 @@ class Grouped(Rowwise):
         )
         gate = jnp.where(behind < s, gate, 0)
         if self.dropout_rate:
-            head = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, n, 1, 1)
-            query = jnp.arange(t, dtype=jnp.uint32).reshape(1, 1, t, 1)
-            factor = dropout_factor(
-                dropout_seed(self.dropout_key),
-                self.dropout_rate,
-                head,
-                query,
-                behind.astype(jnp.uint32),
-            )
-            gate = gate * factor.astype(gate.dtype)
+            gate = gate * self._dropout(gate, behind)
         return jnp.where(landmark, 0, jnp.where(own, main, inner * gate))
+
+    def _regular_weights(self, scores, block):
+        # Every block is a row of its own here, which is several times faster than segments.
+        b, n, t, s = scores.shape
+        count = -(-s // block)
+        widths = ((0, 0),) * 3 + ((0, count * block - s),)
+        scores = jnp.pad(scores, widths, constant_values=-jnp.inf).reshape(b, n, t, count, block)
+        own = ((np.arange(t) + s - t) // block)[:, None] == np.arange(count)
+        # Large scores would round the log-sum-exp; only their differences matter.
+        logits = jnp.where(own, scores[..., :-1].max(axis=-1), scores[..., -1])
+        top = jnp.maximum(logits.max(axis=-1), EMPTY_LSE)[..., None, None]
+        top = jax.lax.stop_gradient(top)
+        scores = scores - top
+        inner, lse = softmax(scores[..., :-1])
+        logits = jnp.where(own, lse, scores[..., -1])
+        if self.miss is None:
+            gate, _ = softmax(logits)
+        else:
+            far = ~own & by_block(self.miss.controlled, block, count)[:, None, None]
+            only = lambda where: jnp.where(where, logits, -jnp.inf)
+            gate = self.miss.gates(only(~far), only(far), self.miss.score - top[..., 0, 0])
+        if self.dropout_rate:
+            behind = jnp.arange(block - 1, count * block, block)[None, None, None]
+            gate = gate * jnp.where(own, 1, self._dropout(gate, behind))
+        weights = jnp.pad(inner * gate[..., None], ((0, 0),) * 4 + ((0, 1),))
+        return weights.reshape(b, n, t, count * block)[..., :s]
+
+    def _dropout(self, gate, landmark):
+        """Return the factors of `gate [b,n,t,...]`, whose last axis has these landmarks' places."""
+        b, n, t = gate.shape[:3]
+        head = jnp.arange(b * n, dtype=jnp.uint32).reshape(b, n, 1, 1)
+        query = jnp.arange(t, dtype=jnp.uint32).reshape(1, 1, t, 1)
+        seed = dropout_seed(self.dropout_key)
+        factor = dropout_factor(seed, self.dropout_rate, head, query, landmark.astype(jnp.uint32))
+        return factor.astype(gate.dtype)
+
+
+def _regular_block(is_landmark: np.ndarray) -> int:
+    """Return the keys of a block where all end alike, and 0 elsewhere."""
+    row_s = is_landmark[0]
+    block = int(row_s.argmax()) + 1
+    regular_s = np.arange(row_s.size) % block == block - 1
+    return block if block > 1 and bool(np.all(is_landmark == regular_s)) else 0
+
+
+def by_block(controlled: Array, block: int, count: int) -> Array:
+    """Return bool `[b|1, count]`, whether the landmark of each block is among `controlled [.., s]`.
+
+    Args:
+      controlled: bool `[b|1, s]`.
+      block: keys of a block.
+      count: blocks, of which the last may lack its landmark.
+    """
+    missing = count * block - controlled.shape[1]
+    return jnp.pad(jnp.asarray(controlled), ((0, 0), (0, missing)))[:, block - 1 :: block]
 
 
 def check_group_dropout(rate: float, key: PRNGKey | None) -> None:

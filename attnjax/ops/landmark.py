@@ -21,7 +21,7 @@ import numpy as np
 from attnjax.ops import mask as masks
 from attnjax.ops.attention import attention
 from attnjax.ops.dropout import dropout_factor, dropout_seed
-from attnjax.ops.grouped import Grouped, check_group_dropout
+from attnjax.ops.grouped import ContextMiss, Grouped, by_block, check_group_dropout
 from attnjax.ops.mask import Mask
 from attnjax.ops.merge import merge_partials
 from attnjax.ops.normalizer import EMPTY_LSE, softmax
@@ -42,6 +42,7 @@ def landmark_attention(
     softcap: float | None = None,
     group_dropout_rate: float = 0.0,
     group_dropout_key: PRNGKey | None = None,
+    miss: ContextMiss | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -60,12 +61,13 @@ def landmark_attention(
       softcap: see `attention`.
       group_dropout_rate: probability that a query's gate to an earlier block is dropped, in [0, 1).
       group_dropout_key: typed key, needed when the rate is not 0. Both forms drop the same gates.
+      miss: a context-miss token, see `attnjax.ops.grouped`; its score from `miss_score`.
       return_lse: also return the log-sum-exp of the own block's scores and the earlier landmarks',
-        float32 `[b,n,t]`, to merge with other blocks; with `block` only.
+        float32 `[b,n,t]`, to merge with other blocks; with `block` and without `miss` only.
       implementation: "blocked", plain XLA, or "pallas_tpu", fused kernels, both with `block` only.
         None takes the kernels on a TPU and else "blocked". The kernels need s - t to be a multiple
-        of `block`, float32 or bfloat16 inputs and one chip, and serve neither `mask`, `softcap` nor
-        group dropout: None then falls back to "blocked".
+        of `block`, float32 or bfloat16 inputs and one chip, and serve neither `mask`, `softcap`,
+        group dropout nor `miss`: None then falls back to "blocked".
 
     Returns:
       `[b,t,n,hv]` in the dtype of the query, and the log-sum-exp if asked for. Zero where a query
@@ -77,8 +79,8 @@ def landmark_attention(
     """
     if (is_landmark is None) == (block is None):
         raise ValueError("give either is_landmark or block")
-    if return_lse and block is None:
-        raise ValueError("return_lse: only the form with regular blocks has it")
+    if return_lse and (block is None or miss is not None):
+        raise ValueError("return_lse: only the form with regular blocks and without miss has it")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose from {list(IMPLEMENTATIONS)}"
@@ -90,6 +92,7 @@ def landmark_attention(
             is_landmark if isinstance(is_landmark, np.ndarray) else jnp.asarray(is_landmark),
             group_dropout_rate,
             group_dropout_key,
+            miss,
         )
         return attention(
             query,
@@ -108,8 +111,12 @@ def landmark_attention(
     s, k = key.shape[1:3]
     if t > s or n % k or key.shape[:3] != value.shape[:3] or key.shape[::3] != (b, h):
         raise ValueError(f"query {query.shape}, key {key.shape}, value {value.shape} do not fit")
+    if miss is not None and miss.score.shape != (b, n, t):
+        raise ValueError(f"miss.score {miss.score.shape} must be [b,n,t] = {(b, n, t)}")
     if implementation != "blocked":
-        options = dict(mask=mask, softcap=softcap, group_dropout_rate=group_dropout_rate or None)
+        options = dict(
+            mask=mask, softcap=softcap, miss=miss, group_dropout_rate=group_dropout_rate or None
+        )
         try:
             found = _by_kernel(query, key, value, block, scale, options)
             return found if return_lse else found[0]
@@ -126,6 +133,7 @@ def landmark_attention(
         softcap=softcap,
         rate=group_dropout_rate,
         seed=dropout_seed(group_dropout_key) if group_dropout_rate else None,
+        miss=miss,
     )
     return (out, lse) if return_lse else out
 
@@ -147,7 +155,7 @@ def _causal(mask):
     return masks.causal() if mask is None else masks.causal() & masks.as_mask(mask)
 
 
-def _by_block(query, key, value, *, block, mask, scale, softcap, rate, seed):
+def _by_block(query, key, value, *, block, mask, scale, softcap, rate, seed, miss):
     b, t, n, h = query.shape
     s, k, hv = value.shape[1:]
     count = math.ceil(s / block)
@@ -157,6 +165,7 @@ def _by_block(query, key, value, *, block, mask, scale, softcap, rate, seed):
     key_bskh, value_bskh = jnp.pad(key, widths), jnp.pad(value, widths)
     visibility = mask.visibility(t, s).pad(t, s, t, count * block)
     own_block_t = (np.arange(t) + s - t) // block
+    controlled_bc = None if miss is None else by_block(miss.controlled, block, count)
 
     # The scores of a block are worth less than the memory they would take until the way back.
     @jax.checkpoint
@@ -187,8 +196,61 @@ def _by_block(query, key, value, *, block, mask, scale, softcap, rate, seed):
             factor = dropout_factor(seed, rate, head, position, landmark).astype(wide)
             out_btnh = out_btnh * jnp.where(is_own[:, None], 1, factor)[..., None]
         logit_bnt = jnp.where(is_own, lse_bnt, scores_bnts[..., -1])
-        return merge_partials([merged, (out_btnh, logit_bnt)]), None
+        if miss is None:
+            return merge_partials([merged, (out_btnh, logit_bnt)]), None
+        main, far = merged
+        is_far = ~is_own & jnp.take(controlled_bc, index, axis=1)[:, None, None]
+        only = lambda where: (out_btnh, jnp.where(where, logit_bnt, EMPTY_LSE))
+        return (merge_partials([main, only(~is_far)]), merge_partials([far, only(is_far)])), None
 
     start = (jnp.zeros((b, t, n, hv), wide), jnp.full((b, n, t), EMPTY_LSE, wide))
-    (out_btnh, lse_bnt), _ = jax.lax.scan(step, start, jnp.arange(count))
-    return out_btnh.astype(query.dtype), lse_bnt
+    merged = start if miss is None else (start, start)
+    merged, _ = jax.lax.scan(step, merged, jnp.arange(count))
+    if miss is not None:
+        out_btnh, _ = merge_missed(*merged, miss.score, miss.cutoff)
+        return out_btnh.astype(query.dtype), None
+    return merged[0].astype(query.dtype), merged[1]
+
+
+def miss_score(query: Array, key: Array, scale: float | None = None) -> Array:
+    """Return a context-miss token's scores `[b,n,t]`, float32.
+
+    Args:
+      query: `[b,t,n,h]`, rotated.
+      key: `[b|1, 1, k, h]`, the token's, rotated to position -1; k divides n.
+      scale: factor of the scores; `h ** -0.5` if None.
+    """
+    b, t, n, h = query.shape
+    scale = h**-0.5 if scale is None else scale
+    key = jnp.broadcast_to(key, (b, *key.shape[1:]))
+    query = query.reshape(b, t, key.shape[2], -1, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
+    return scale * scores.reshape(b, n, t)
+
+
+def merge_missed(
+    main: tuple[Array, Array], far: tuple[Array, Array], score: Array, cutoff: float = 0.0
+) -> tuple[Array, Array]:
+    """Merge what is at hand with what a context-miss token decides on.
+
+    out = (1 - share) main + cut(share) far,  share = exp(score) / (exp(score) + exp(lse_main))
+
+    Args:
+      main: `out [b,t,n,hv]` and `lse [b,n,t]` of what competes with the token.
+      far: the same of the controlled blocks; only its output counts.
+      score: `[b,n,t]`, the token's.
+      cutoff: a share below this counts as 0.
+
+    Returns:
+      `out` in the dtype of main's, and the share `[b,n,t]` before the cutoff, float32.
+    """
+    (out_btnh, lse_bnt), (far_btnh, far_lse_bnt) = main, far
+    wide = jnp.promote_types(out_btnh.dtype, jnp.float32)
+    shares, _ = softmax(jnp.stack([lse_bnt.astype(wide), score.astype(wide)], axis=-1))
+    own_bnt, share_bnt = shares[..., 0], shares[..., 1]
+    # Where there is nothing to look into, the share is lost, as in the release.
+    counts = (share_bnt >= cutoff) & (far_lse_bnt > EMPTY_LSE / 2)
+    gate_bnt = jnp.where(counts, share_bnt, 0)
+    weigh = lambda x, y: jnp.swapaxes(x, 1, 2)[..., None] * y.astype(wide)
+    out = weigh(own_bnt, out_btnh) + weigh(gate_bnt, far_btnh)
+    return out.astype(out_btnh.dtype), share_bnt

@@ -8,6 +8,8 @@ Mohtashami and Jaggi, "Landmark Attention", arXiv 2305.16300, Section 3.2. For t
     attend   to softmax over {own tokens, landmarks of local blocks, landmarks of chosen blocks},
              the value of a landmark being attention inside its block
 
+With a context-miss token the chosen blocks are what it decides on, see `ops.grouped.ContextMiss`.
+
 Keys are kept as they were before rotation: a block stands at another place whenever it is looked
 at, see `ops.landmark_tape`. Which blocks are chosen has no gradient.
 """
@@ -20,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.ops.landmark import landmark_attention
+from attnjax.ops.landmark import landmark_attention, merge_missed, miss_score
 from attnjax.ops.landmark_tape import cached_slots, chunk_start, retrieved_slots
 from attnjax.ops.merge import merge_partials
-from attnjax.ops.normalizer import softmax
+from attnjax.ops.normalizer import EMPTY_LSE, softmax
 from attnjax.typing import Array
 
 RETRIEVALS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
@@ -138,6 +140,22 @@ class BlockCache:
             tail_key=key[:, end:],
             tail_value=value[:, end:],
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """What the queries of a chunk looked into.
+
+    Attributes:
+      blocks: int32 `[b, n|1, m|1, k]`, the blocks of every query, numbered as they were added, the
+        oldest first; -1 where there was none.
+      miss_share: float32 `[b,n,m]`, the context-miss token's share before the cutoff; None without
+        one.
+    """
+
+    blocks: Array
+    miss_share: Array | None = None
 
 
 def choose_blocks(
@@ -280,7 +298,9 @@ def read_chunk(
     retrieval: str = "per_token_and_head",
     rotate: Rotate,
     scale: float | None = None,
-) -> tuple[Array, BlockCache]:
+    miss_key: Array | None = None,
+    miss_cutoff: float = 0.0,
+) -> tuple[Array, BlockCache, Retrieval]:
     """Attend from a chunk of a tape to retrieved blocks and to itself, and remember it.
 
     Args:
@@ -293,9 +313,12 @@ def read_chunk(
       retrieval: member of `RETRIEVALS`.
       rotate: turns queries and keys to positions `[b,t]`.
       scale: factor of the scores; `h ** -0.5` if None.
+      miss_key: `[b|1, 1, k, h]`, key of a context-miss token, not rotated: it decides whether the
+        retrieved blocks count. None: there is none.
+      miss_cutoff: with a smaller share of the token they do not count at all.
 
     Returns:
-      `[b,m,n,hv]` in the dtype of the query, and the cache afterwards.
+      `[b,m,n,hv]` in the dtype of the query, the cache afterwards, and what was looked into.
 
     Raises:
       ValueError: a number or name is out of range.
@@ -309,7 +332,7 @@ def read_chunk(
         query, key, value, (cache.tail_key, cache.tail_value), start,
         block=cache.block, rotate=rotate, scale=scale,
     )  # fmt: skip
-    parts = [local]
+    blocks, retrieved = jnp.zeros((query.shape[0], 1, 1, 0), jnp.int32), None
     if top_k:
         ages, valid = cache.ages()
         place, is_block = choose_blocks(
@@ -317,15 +340,26 @@ def read_chunk(
             top_k=top_k, block=cache.block, retrieval=retrieval, rotate=rotate, scale=scale,
         )  # fmt: skip
         slots = retrieved_slots(ages[place], cache.cached, top_k)
+        blocks = jnp.where(is_block, cache.count - 1 - ages[place], -1)
         gather = lambda x: _gather(x, place, n // heads, n)
-        parts.append(
-            attend_blocks(
-                turned, gather(cache.key).astype(query.dtype), gather(cache.value), slots, is_block,
-                rotate=rotate, scale=scale,
-            )
+        retrieved = attend_blocks(
+            turned, gather(cache.key).astype(query.dtype), gather(cache.value), slots, is_block,
+            rotate=rotate, scale=scale,
         )  # fmt: skip
-    out, _ = merge_partials(parts)
-    return out.astype(query.dtype), cache.append(key, value)
+    out, share = _merge(turned, local, retrieved, miss_key, miss_cutoff, rotate, scale)
+    return out.astype(query.dtype), cache.append(key, value), Retrieval(blocks, share)
+
+
+def _merge(turned, local, retrieved, miss_key, cutoff, rotate, scale):
+    if miss_key is None:
+        parts = [local] if retrieved is None else [local, retrieved]
+        return merge_partials(parts)[0], None
+    if retrieved is None:
+        out, lse = local
+        retrieved = jnp.zeros_like(out), jnp.full_like(lse, EMPTY_LSE)
+    first = jnp.full((miss_key.shape[0], 1), -1, jnp.int32)
+    score = miss_score(turned, rotate(miss_key.astype(turned.dtype), first), scale)
+    return merge_missed(local, retrieved, score, cutoff)
 
 
 def _gather(blocks, place, group, n):
@@ -355,15 +389,25 @@ class HostBlocks:
         """Return what is kept on the device between chunks."""
         return sum(x.nbytes for x in (self._landmarks, *self._tail))
 
-    def read(self, query: Array, key: Array, value: Array, *, top_k: int, rotate: Rotate) -> Array:
-        """Attend from a chunk and remember it; arguments and result as in `read_chunk`."""
+    def read(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        top_k: int,
+        rotate: Rotate,
+        miss_key: Array | None = None,
+        miss_cutoff: float = 0.0,
+    ) -> tuple[Array, Retrieval]:
+        """Attend from a chunk and remember it; arguments and results as in `read_chunk`."""
         (b, capacity, block, heads, h), n = self._key.shape, query.shape[2]
         scale, cached = h**-0.5, min(self._count, capacity)
         turned, local, (local_key, local_value) = attend_local(
             query, key, value, self._tail, chunk_start(cached, top_k, block),
             block=block, rotate=rotate, scale=scale,
         )  # fmt: skip
-        parts, length = [local], local_key.shape[1]
+        blocks, retrieved = jnp.full((b, n, 1, min(top_k, capacity)), -1, jnp.int32), None
         if cached and top_k:
             ages = (self._count - 1 - np.arange(capacity)) % capacity
             place, is_block = choose_blocks(
@@ -372,22 +416,25 @@ class HostBlocks:
             )  # fmt: skip
             chosen = np.asarray(place)
             slots = retrieved_slots(ages[chosen], cached, top_k)
+            blocks = jnp.where(is_block, self._count - 1 - ages[chosen], -1)
             example, head = np.arange(b)[:, None, None, None], np.arange(n) // (n // heads)
             pick = lambda x: jnp.asarray(x[example, chosen, :, head[None, :, None, None]])
-            parts.append(
-                attend_blocks(
-                    turned, pick(self._key), pick(self._value), jnp.asarray(slots), is_block,
-                    rotate=rotate, scale=scale,
-                )
+            retrieved = attend_blocks(
+                turned, pick(self._key), pick(self._value), jnp.asarray(slots), is_block,
+                rotate=rotate, scale=scale,
             )  # fmt: skip
-        full = length // block
+        self._append(local_key, local_value)
+        out, share = _merge(turned, local, retrieved, miss_key, miss_cutoff, rotate, scale)
+        return out.astype(query.dtype), Retrieval(blocks, share)
+
+    def _append(self, key, value):
+        block, capacity = self._key.shape[2], self._key.shape[1]
+        full = key.shape[1] // block
         for index in range(full):
             place = self._count % capacity
             part = slice(index * block, (index + 1) * block)
-            self._key[:, place] = local_key[:, part]
-            self._value[:, place] = local_value[:, part]
-            self._landmarks = self._landmarks.at[:, place].set(local_key[:, part.stop - 1])
+            self._key[:, place] = key[:, part]
+            self._value[:, place] = value[:, part]
+            self._landmarks = self._landmarks.at[:, place].set(key[:, part.stop - 1])
             self._count += 1
-        self._tail = (local_key[:, full * block :], local_value[:, full * block :])
-        out, _ = merge_partials(parts)
-        return out.astype(query.dtype)
+        self._tail = (key[:, full * block :], value[:, full * block :])

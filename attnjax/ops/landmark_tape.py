@@ -7,10 +7,11 @@ prefix of k + 1 blocks. The latest k cached blocks stand at their true places in
 are compared as if they stood in the first.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.typing import Array
+from attnjax.typing import Array, PRNGKey
 
 
 def token_slots(count: int, every: int, phase: int = 0) -> np.ndarray:
@@ -125,26 +126,27 @@ def retrieved_slots(age: Array, cached: int | Array, top_k: int) -> Array:
     return _numpy(age).where(is_recent, true, rank)
 
 
-def jump(
-    positions: np.ndarray, every: int, rng: np.random.Generator, most: int = 100
-) -> np.ndarray:
-    """Return training positions that skip 1 to `most` places behind every landmark (Appendix E).
+def jump(key: PRNGKey, shape: tuple[int, int], every: int, most: int = 100) -> Array:
+    """Draw training positions that skip 1 to `most` places behind every landmark (Appendix E).
 
     Args:
-      positions: int `[m]` of a tape that begins with a block.
+      key: typed key.
+      shape: (b, m), examples and slots of tapes that begin with a block.
       every: l.
-      rng: random generator.
       most: longest jump.
+
+    Returns:
+      int32 `[b, m]`.
 
     Raises:
       ValueError: no jump is allowed.
     """
     if most < 1:
         raise ValueError(f"most={most}: must be at least 1")
-    blocks = np.arange(len(positions)) // (every + 1)
-    jumps = rng.integers(1, most + 1, blocks[-1] + 1 if len(blocks) else 0)
-    before = np.concatenate([[0], np.cumsum(jumps)])
-    return positions + before[blocks]
+    (b, m), slot = shape, np.arange(shape[1])
+    jumps = jax.random.randint(key, (b, m // (every + 1) + 1), 1, most + 1)
+    before = jnp.concatenate([jnp.zeros((b, 1), jnp.int32), jnp.cumsum(jumps, axis=1)], axis=1)
+    return slot.astype(np.int32) + before[:, slot // (every + 1)]
 
 
 def _minimum(a, b):

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done to queries and keys before they meet: rotary positions, sinusoids, norms."""
 
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +15,58 @@ LAYOUTS = ("half", "interleaved")
 """Which numbers form a pair: i and i + width / 2 (LLaMA, NeoX), or 2 i and 2 i + 1 (GPT-J)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """What rotary positions are like; a value, so that layers can carry it.
+
+    Attributes:
+      base: the longest wavelength is 2 pi times (almost) this.
+      layout: member of `LAYOUTS`.
+      scaling: (factor, low, high, length), how LLaMA 3.1 stretches what was trained on a `length`:
+        wavelengths above length / low by the factor, those below length / high not at all, and
+        frequencies between them by what lies between; None: not at all.
+    """
+
+    base: float = 10_000.0
+    layout: str = "half"
+    scaling: tuple[float, float, float, float] | None = None
+
+    def __post_init__(self):
+        _check_layout(self.layout)
+        if not self.base > 0:
+            raise ValueError(f"base={self.base}: must be positive")
+        if self.scaling is None:
+            return
+        object.__setattr__(self, "scaling", tuple(self.scaling))
+        is_fine = len(self.scaling) == 4 and min(self.scaling) > 0
+        if not is_fine or self.scaling[1] >= self.scaling[2]:
+            raise ValueError(
+                f"scaling={self.scaling}: must be (factor, low, high, length), all positive, with "
+                "low < high"
+            )
+
+    @classmethod
+    def of(cls, value: Any) -> "Rotary":
+        """Return a `Rotary` from one, from its base, or from a mapping of its fields.
+
+        Raises:
+          ValueError: a field is unknown or out of range.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            return cls(value)
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"{name!r} is no field of rotary positions: {', '.join(known)}")
+        return cls(**value)
+
+    def turn(self, x: Array, positions: Array) -> Array:
+        """Rotate `x [b,t,n,h]`, see `rotate`."""
+        return rotate(x, positions, base=self.base, layout=self.layout, scaling=self.scaling)
+
+
 def rotate(
     x: Array,
     positions: Array,
@@ -17,6 +74,7 @@ def rotate(
     base: float = 10_000.0,
     layout: str = "half",
     width: int | None = None,
+    scaling: tuple[float, float, float, float] | None = None,
 ) -> Array:
     """Rotate pairs of numbers by angles proportional to position (RoPE, arXiv 2104.09864, Eq. 15).
 
@@ -28,6 +86,7 @@ def rotate(
       base: the longest wavelength is 2 pi times (almost) this.
       layout: one of `LAYOUTS`; "half" and "interleaved" differ by a permutation of the columns.
       width: numbers of a head that are rotated, the first ones; all if None.
+      scaling: see `Rotary`.
 
     Returns:
       `[b,t,n,h]` in the dtype of x, computed in float32.
@@ -44,7 +103,7 @@ def rotate(
     if positions.shape not in ((t,), (1, t), (b, t)):
         raise ValueError(f"positions must be [t] or [b,t] = ({b}, {t}), got {positions.shape}")
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    angle = _angles(positions.reshape(-1, t), width, base, wide)[:, :, None, :]
+    angle = _angles(positions.reshape(-1, t), width, base, wide, scaling)[:, :, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turned, rest = x[..., :width].astype(wide), x[..., width:]
     pairs = turned.reshape(*x.shape[:-1], *_pair_shape(layout, width))
@@ -144,8 +203,13 @@ def query_key_norm(
     return results[0], results[1]
 
 
-def _angles(positions, width, base, dtype):
+def _angles(positions, width, base, dtype, scaling=None):
     frequency = base ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
+    if scaling is not None:
+        factor, low, high, length = scaling
+        turns = length * frequency / (2 * math.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
     return positions[..., None].astype(dtype) * frequency
 
 

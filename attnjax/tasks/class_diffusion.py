@@ -186,18 +186,23 @@ class ClassDiffusion(ModelTask):
           step: unused; part of the contract.
 
         Returns:
-          Scalar float32 loss, and its parts `noise_error` and `bound`.
+          Scalar float32 loss, and its parts `noise_error` and `bound`; of a model that chooses
+          heads also `balance_loss` without its weight, and `dropped`.
         """
         del step
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
         image = batch["image"]
         index_b = jax.random.randint(time_key, image.shape[:1], 0, len(self.levels) - 1)
         noise_byxc = jax.random.normal(noise_key, image.shape)
-        squares_b, bound_b, _ = self._errors(
+        squares_b, bound_b, aux = self._errors(
             params, batch, noise_byxc, index_b, train=True, rngs={"dropout": dropout_key}
         )
         parts = {"noise_error": jnp.mean(squares_b), "bound": jnp.mean(bound_b)}
-        return parts["noise_error"] + parts["bound"], parts
+        loss = parts["noise_error"] + parts["bound"]
+        if "balance_loss" in aux:
+            loss = loss + self.balance * aux["balance_loss"]
+            parts |= {name: aux[name] for name in ("balance_loss", "dropped")}
+        return loss, parts
 
     def sample(self, params: Params, label: Array, keys: PRNGKey) -> Array:
         """Return pictures float32 `[b,y,x,c]` of labels `[b]` with typed keys `[b]`."""

@@ -8,6 +8,8 @@ devices of a topology description and returns the executable with its memory pla
 import dataclasses
 import importlib.util
 import os
+import pathlib
+import tempfile
 import time
 from typing import Any
 
@@ -122,7 +124,7 @@ def compile_step(recipe: Recipe, topology: str) -> Compiled:
         # Kernels ask the ambient mesh which chip they are built for.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             traced = program.step.trace(program.state, program.batch)
-            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+            compiled, text = _compile(traced.lower(lowering_platforms=("tpu",)))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -144,20 +146,27 @@ def compile_step(recipe: Recipe, topology: str) -> Compiled:
         memory=chip.memory,
         flops=program.task.flops * recipe.batch,
         peak_flops=chip.peak * mesh.size,
-        collectives=_collectives(compiled),
+        collectives=collectives.total(collectives.read(text)) if text else None,
         seconds=round(time.monotonic() - start, 1),
     )
 
 
-def _collectives(compiled):
+def _compile(lowered):
+    """Return the compiled program and its text, "" if there is no way to get it."""
+    # What libtpu itself prints is read: jaxlib 0.10.2 refuses to parse some asynchronous updates,
+    # such as SparseCore's gathers, that libtpu has written.
+    with tempfile.TemporaryDirectory(prefix="attnjax-compile-") as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        files = list(pathlib.Path(folder).glob("*.after_optimizations.txt"))
+        if files:
+            return compiled, max(files, key=lambda file: file.stat().st_size).read_text()
     try:
-        text = compiled.as_text()
+        return compiled, compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        # Seen with jaxlib 0.10.2: it refuses to parse asynchronous updates that libtpu has written.
         if "async-update" not in str(error):
             raise
-        return None
-    return collectives.total(collectives.read(text))
+        return compiled, ""
 
 
 def render(compiled: Compiled) -> str:

@@ -203,7 +203,9 @@ def _run(program, workdir, iterator, start, on_step, stop, watchdog) -> RunResul
     with watchdog.paused():
         explanation = _explain(program, state)
         if jax.process_index() == 0:
-            path = report.final_report(workdir, recipe.to_dict(), finals, explanation, seconds)
+            path = report.final_report(
+                workdir, recipe.to_dict(), finals, explanation, seconds, flops=program.task.flops
+            )
             _log.info("report: %s", path)
     return RunResult(step, scalars(finals), state, seconds)
 

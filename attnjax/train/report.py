@@ -10,16 +10,17 @@ import os
 import pathlib
 import platform
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from attnjax.errors import AttnjaxError
-from attnjax.train.progress import Profiler, Progress, duration
+from attnjax.train.progress import Profiler, Progress, duration, peak_flops, utilization
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ __all__ = [
 
 METRICS_FILE = "metrics.jsonl"
 _EVENTS_FOLDER = "tensorboard"
+_SPEED = "speed/examples_per_second"
 
 _PACKAGES = ("attnjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -304,6 +306,8 @@ def final_report(
     explanation: Mapping[str, Any] | None = None,
     seconds: float | None = None,
     class_names: tuple[str, ...] = (),
+    *,
+    flops: float = 0.0,
 ) -> pathlib.Path:
     """Write `report/report.md` with its pictures: curves, confusion matrices, attention maps.
 
@@ -314,6 +318,8 @@ def final_report(
       explanation: what a task's `explain` returned, on the host; None leaves the maps out.
       seconds: wall time of the last start of the run.
       class_names: names of the classes; numbers by default.
+      flops: analytic operations per example of training, without recomputation; 0 leaves out how
+        well the devices were used.
 
     Returns:
       Path of report.md.
@@ -324,12 +330,14 @@ def final_report(
     folder = pathlib.Path(workdir) / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _write_report(folder, recipe, results, explanation, seconds, class_names)
+        return _write_report(folder, recipe, results, explanation, seconds, class_names, flops)
     except OSError as error:
         raise AttnjaxError(f"{folder} cannot be written: {error}") from error
 
 
-def _write_report(folder, recipe, results, explanation, seconds, class_names) -> pathlib.Path:
+def _write_report(
+    folder, recipe, results, explanation, seconds, class_names, flops
+) -> pathlib.Path:
     from attnjax.train import figures
 
     workdir = folder.parent
@@ -344,6 +352,8 @@ def _write_report(folder, recipe, results, explanation, seconds, class_names) ->
         lines += [f"| {_plain(name)} | {_score(name, v)} |" for name, v in scores.items()]
         lines.append("")
     lines += [_facts(recipe, seconds), ""]
+    if flops > 0:
+        lines += [_utilization(records, flops), ""]
 
     if figures.draw_curves(records, folder / "curves.png"):
         lines += ["## Training", "", "![loss, accuracy and learning rate](curves.png)", ""]
@@ -378,6 +388,21 @@ def _facts(recipe: Mapping[str, Any], seconds: float | None) -> str:
     return (
         _plain(", ".join(facts)) + ". Settings: `../recipe.json`, versions: `../environment.json`."
     )
+
+
+def _utilization(records: Sequence[Mapping[str, Any]], flops: float) -> str:
+    """Say how model FLOP utilisation is worked out, with the median speed of the run."""
+    text = f"Analytic operations per example {flops:.3e} (both ways, without recomputation)"
+    speeds = [record[_SPEED] for record in records if _SPEED in record]
+    if not speeds:
+        return text + "."
+    speed, devices = statistics.median(speeds), jax.devices()
+    text += f", median speed {speed:.4g} examples/s. Model FLOP utilisation = operations x "
+    text += "examples/s / (devices x bfloat16 peak) = "
+    mfu, peak = utilization(flops, speed, devices), peak_flops(devices[0].device_kind)
+    if mfu is None:
+        return text + f"unknown: the peak of {_plain(devices[0].device_kind)} is not listed."
+    return text + f"{flops:.3e} x {speed:.4g} / ({len(devices)} x {peak:.3e}) = {100 * mfu:.2g} %."
 
 
 def _mistakes(counts: np.ndarray, names: tuple[str, ...], shown: int = 5) -> list[str]:

@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> Recipe:
             "name": "decoder",
             "preset": "llama2_7b",
             "length": LENGTH,
-            "rope_base": 10_000_000.0,
+            "rotary": 10_000_000.0,
             "dtype": "bfloat16",
             "remat": "full",
             "attention_implementation": f"context:{variant}",

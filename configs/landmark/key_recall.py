@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> Recipe:
     )
     return Recipe(
         seed=0,
-        steps=1_500,
+        steps=3_000,
         batch=64,
         model={
             "name": "landmark",
@@ -47,6 +47,6 @@ def get_config(variant: str = "") -> Recipe:
         data=Data(source={**source, "split": "train"}),
         optim=Optim(lr=3e-3, warmup=100, clip=1.0),
         evals={"blocks_8": test(8, 256), "blocks_32": test(32, 256), "blocks_128": test(128, 128)},
-        checkpoint=Checkpoint(every=1_500, keep=1),
+        checkpoint=Checkpoint(every=3_000, keep=1),
         report=Report(every=100, samples=0),
     )

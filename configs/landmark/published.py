@@ -3,7 +3,10 @@
 
 arXiv 2305.16300, Section 4.1: 240,000 steps of 128 texts of 512 slots, landmarks among them. The
 evaluation reads chunks of 250 tokens and retrieves two blocks of fifty. Variants: paper (with
-landmarks), baseline_512, baseline_360.
+landmarks), baseline_512, baseline_360; baseline_xl, Transformer-XL's recurrence over segments of
+2,048 tokens in parts of 256, and context_miss, paper with a context-miss token that controls every
+second landmark, both for 60,000 steps as in the paper; jumps, paper with positions that skip up to
+100 places behind every landmark (Appendix E).
 
 Run:     python -m launch.train --config=configs/landmark/published.py --workdir=DIR
          --config.data.source.root=ROOT --config.evals.val.data.source.root=ROOT
@@ -16,8 +19,9 @@ from attnjax.errors import RecipeError
 from attnjax.recipe import Checkpoint, Data, Evaluation, Optim, Recipe, Report
 from attnjax.registry import nearest
 
-VARIANTS = ("paper", "baseline_512", "baseline_360")
-LENGTHS = {"paper": 502, "baseline_512": 512, "baseline_360": 360}
+VARIANTS = ("paper", "baseline_512", "baseline_360", "baseline_xl", "context_miss", "jumps")
+LENGTHS = {"baseline_512": 512, "baseline_360": 360, "baseline_xl": 2_048}
+LANDMARKS = {"context_miss": {"context_miss": 0.5}, "jumps": {"jump": 100}}
 LONG = 2_048
 
 
@@ -25,19 +29,25 @@ def get_config(variant: str = "") -> Recipe:
     variant = variant or "paper"
     if variant not in VARIANTS:
         raise RecipeError(f"unknown variant {variant!r}: {nearest(variant, VARIANTS)}")
-    source = {"name": "packed_tokens", "root": "", "length": LENGTHS[variant]}
-    length = LONG if variant == "paper" else LENGTHS[variant]
-    held_out = {**source, "split": "val", "length": length}
+    is_baseline = variant in LENGTHS
+    source = {"name": "packed_tokens", "root": "", "length": LENGTHS.get(variant, 502)}
+    held_out = {**source, "split": "val", "length": LENGTHS.get(variant, LONG)}
+    steps = 60_000 if variant in ("baseline_xl", "context_miss") else 240_000
     return Recipe(
         seed=0,
-        steps=240_000,
+        steps=steps,
         batch=128,
-        model={"name": "landmark", "preset": variant, "dtype": "bfloat16"},
+        model={
+            "name": "landmark",
+            "preset": variant if is_baseline else "paper",
+            "landmarks": LANDMARKS.get(variant),
+            "dtype": "bfloat16",
+        },
         task={"name": "long_language", "chunk": 250, "blocks": 40, "logits_chunk": 64},
         data=Data(source={**source, "split": "train"}, workers=4),
         optim=Optim(
             lr=2e-3,
-            warmup=4_800,
+            warmup=steps // 50,
             warmup_lr=2e-5,
             end_lr=4e-4,
             beta2=0.95,

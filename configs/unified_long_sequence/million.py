@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> Recipe:
             "depth": 12,
             "heads": (16, 16),
             "hidden": 2816,
-            "rope_base": 10_000_000.0,
+            "rotary": 10_000_000.0,
             "experts": {
                 "count": 64, "top_k": 2, "capacity": 1.25, "load_loss": 0.01, "z_loss": 1e-3,
                 "group": 1024,

@@ -19,12 +19,14 @@ SIZES = dict(vocab_size=40, width=32, depth=3, hidden=48, length=24)
 # name -> fields of our model; the first word is the family.
 CASES = {
     "llama": SIZES | dict(heads=(4, 4)),
-    "llama grouped": SIZES | dict(heads=(4, 2), rope_base=500_000.0, epsilon=1e-3),
+    "llama grouped": SIZES | dict(heads=(4, 2), rotary=500_000.0, epsilon=1e-3),
     "mistral window": SIZES | dict(heads=(4, 2), window=5),
     "qwen2": SIZES
-    | dict(heads=(4, 1), rope_base=1_000_000.0, epsilon=1e-6, projections="biased", tied=True),
+    | dict(heads=(4, 1), rotary=1_000_000.0, epsilon=1e-6, projections="biased", tied=True),
     "qwen2 bidirectional": SIZES
     | dict(heads=(4, 2), projections="biased", tied=True, epsilon=1e-6, attention="bidirectional"),
+    "llama scaled": SIZES
+    | dict(heads=(4, 2), rotary={"base": 100.0, "scaling": (8.0, 1.0, 4.0, 16)}, epsilon=1e-6),
     "qwen3": SIZES | dict(heads=(4, 2, 12), projections="normed", epsilon=1e-6),
 }
 
@@ -50,6 +52,18 @@ def formula(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def rope(rotary) -> dict:
+    """Return transformers' parameters of our rotary positions."""
+    if not isinstance(rotary, dict):
+        return {"rope_type": "default", "rope_theta": rotary}
+    factor, low, high, length = rotary["scaling"]
+    return {
+        "rope_type": "llama3", "rope_theta": rotary["base"], "factor": factor,
+        "low_freq_factor": low, "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }  # fmt: skip
+
+
 def run(name: str) -> dict[str, np.ndarray]:
     """Return `hidden [l+1, b, t, d]` and `logits [b, t, v]` of the reference for one case."""
     import torch
@@ -63,7 +77,7 @@ def run(name: str) -> dict[str, np.ndarray]:
         intermediate_size=fields["hidden"], rms_norm_eps=fields.get("epsilon", 1e-5),
         tie_word_embeddings=fields.get("tied", False), attn_implementation="eager",
         max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": fields.get("rope_base", 10_000.0)},
+        rope_parameters=rope(fields.get("rotary", 10_000.0)),
     )  # fmt: skip
     if width:
         options["head_dim"] = width[0]

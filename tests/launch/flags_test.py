@@ -14,7 +14,7 @@ FLAGS = {
     "train": {"config", "workdir", "dry_run", "resume", "coordinator", "process_count",
               "process_id", "cpu_devices", "hang_timeout"},
     "evaluate": {"config", "workdir", "averaged", "last", "cpu_devices", "ngram", "choices"},
-    "convert": {"system", "preset", "set", "input", "output", "to", "resize_positions",
+    "convert": {"base", "system", "preset", "set", "input", "output", "to", "resize_positions",
                 "allow_torch_pickle"},
     "compile": {"config", "topology", "batch", "json"},
     "benchmark": {"config", "suite", "shapes", "only", "peer", "data", "seconds", "out", "dry_run",

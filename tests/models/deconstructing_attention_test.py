@@ -149,7 +149,7 @@ def test_a_model_of_standard_layers_is_the_decoder_backbone():
     model, params, run = make("standard")
     decoder = build(
         "decoder", vocab_size=40, length=12, width=32, hidden=48, heads=(4, 4), tied=True,
-        projections="biased", epsilon=home.EPSILON, rope_base=model.rope_base,
+        projections="biased", epsilon=home.EPSILON, rotary=model.rope_base,
     )  # fmt: skip
     leaves = flatten(params)
     stacked = {path: x for path, x in leaves.items() if not path.startswith("layers_")}

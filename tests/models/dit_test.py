@@ -13,14 +13,17 @@ from jax.extend.core import jaxprs_in_params
 from attnjax.errors import RecipeError
 from attnjax.models import dit
 from attnjax.models.load import abstract_params, build, known_tensors
-from attnjax.weights import export_params, flatten, unflatten
+from attnjax.weights import export_params, flatten, import_params, unflatten
 
 # The width of the heads is not that of the model, patches are not square numbers of channels.
 TINY = {
     "num_classes": 3, "image_size": 6, "channels": 3, "patch_size": 2, "width": 12, "depth": 2,
     "num_heads": 2, "head_dim": 4, "mlp_ratio": 2.0,
 }  # fmt: skip
+# All kinds of routers: chosen with one and with two shared heads, chosen only, all shared.
+MIXED = {"depth": 4, "mixture": ((1, 4, 1, 2), (1, 5, 2, 1), (1, 4, 0, 3), (1, 3, 3, 0))}
 CLOSE = 2e-5  # float32 through two blocks, relative to the largest
+DEEP = 1e-4  # through four blocks, with gates up to 5
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -30,8 +33,13 @@ def make(**fields):
     rng = np.random.default_rng(0)
     leaves = flatten(abstract_params(model))
     params = {k: 0.3 * rng.standard_normal(x.shape).astype(np.float32) for k, x in leaves.items()}
-    run = jax.jit(lambda p, b: model.apply({"params": p}, **b).prediction, compiler_options=QUICK)
-    return model, unflatten(params), run
+    return model, unflatten(params), lambda p, b: whole(**fields)(p, b).prediction
+
+
+@functools.cache
+def whole(**fields):
+    model = build("dit", **TINY | fields)
+    return jax.jit(lambda p, b: model.apply({"params": p}, **b), compiler_options=QUICK)
 
 
 def draw(b=3, seed=1):
@@ -57,6 +65,23 @@ def normal(x):
     return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
+def gates(y, router, heads, shared, top_k):
+    """MoH's gates of one layer, token by token, with the factors of the released code."""
+    rows = []
+    for token in y:
+        soft = lambda name: (lambda z: np.exp(z) / np.exp(z).sum())(token @ router[name]["kernel"])
+        parts = [np.ones(shared)] if shared < 2 else [shared * soft("shared")]
+        if shared < heads:
+            probability = soft("routed")
+            kept = np.zeros_like(probability)
+            best = np.argsort(-probability, kind="stable")[:top_k]
+            kept[best] = top_k * probability[best] / probability[best].sum()
+            weights = 2 * soft("types") if shared else (1, 1)
+            parts = [weights[0] * parts[0], weights[1] * kept]
+        rows.append(np.concatenate(parts))
+    return np.stack(rows)
+
+
 def oracle(params, noisy, time, label):
     """One example, in float64 loops over patches and heads."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -77,20 +102,24 @@ def oracle(params, noisy, time, label):
             token = np.einsum("yxc,yxcd->d", patch, p["stem"]["kernel"]) + p["stem"]["bias"]
             tokens.append(token + np.concatenate(place))
     x = np.stack(tokens)
-    for i in range(2):
+    for i in range(sum(name.startswith("block_") for name in p)):
         block = p[f"block_{i}"]
         shift, scale, gate, shift2, scale2, gate2 = np.split(
             dense(block["modulation"], condition), 6
         )
         y, out = normal(x) * (1 + scale) + shift, block["attention"]["out"]["bias"]
-        for n in range(2):
+        heads = block["attention"]["out"]["kernel"].shape[0]
+        gate_tn = np.ones((9, heads))
+        if "router" in block:
+            gate_tn = gates(y, block["router"], heads, *MIXED["mixture"][i][2:])
+        for n in range(heads):
             q, k, v = (
                 y @ block["attention"][name]["kernel"][:, n] + block["attention"][name]["bias"][n]
                 for name in ("query", "key", "value")
             )
             weights = np.exp(q @ k.T / 2)
             head = weights / weights.sum(-1, keepdims=True) @ v
-            out = out + head @ block["attention"]["out"]["kernel"][n]
+            out = out + gate_tn[:, n, None] * head @ block["attention"]["out"]["kernel"][n]
         x = x + gate * out
         y = normal(x) * (1 + scale2) + shift2
         x = x + gate2 * dense(block["mlp"]["down"], gelu(dense(block["mlp"]["up"], y)))
@@ -112,6 +141,52 @@ def test_network_against_its_equations(has_variance):
     ours = run(params, batch)
     assert ours.dtype == jnp.float32 and ours.shape[-1] == (6 if has_variance else 3)
     close(ours, np.stack(expected))
+
+
+def test_heads_as_experts_against_their_equations():
+    _, params, run = make(**MIXED)
+    batch = draw()
+    expected = [oracle(params, *row) for row in zip(*batch.values(), strict=True)]
+    close(run(params, batch), np.stack(expected), DEEP)
+    names = [set(params[f"block_{i}"].get("router", {})) for i in range(4)]
+    assert names == [{"routed", "types"}, {"routed", "types", "shared"}, {"routed"}, {"shared"}]
+    aux = whole(**MIXED)(params, batch).aux
+    # The mean over the three layers that choose is near that of balanced choices, (2 + 1 + 3) / 3.
+    assert aux["dropped"] == 0 and 1.9 < aux["balance_loss"] < 3
+    assert set(whole()(make()[1], batch).aux) == {"features"}
+
+
+def test_sparse_heads_equal_dense_ones():
+    """Heads that work for the tokens that chose them only, with and without enough places."""
+    _, params, run = make(**MIXED)
+    batch = draw()
+    output = whole(**MIXED, compute="sparse")(params, batch)
+    aux, ours, expected = output.aux, np.asarray(output.prediction), run(params, batch)
+    # Places are a quarter more than the even share; who finds none gets zero.
+    assert 0 <= aux["dropped"] < 0.5 and np.isfinite(ours).all()
+    is_far = np.abs(ours - expected).max() > DEEP * np.abs(expected).max()
+    assert is_far == (aux["dropped"] > 0)
+    every = {"depth": 2, "mixture": ((1, 4, 1, 3), (1, 3, 0, 3))}
+    _, params, run = make(**every)
+    close(make(**every, compute="sparse")[2](params, batch), run(params, batch))
+
+
+def test_weight_names_of_experts_go_there_and_back():
+    _, params, _ = make(**MIXED)
+    tensors = export_params(params, dit.TORCH_NAMES["dit"])
+    routers = {name: x.shape for name, x in tensors.items() if ".wg" in name}
+    assert routers == {
+        "blocks.0.attn.wg.weight": (3, 12), "blocks.0.attn.wg_0.weight": (2, 12),
+        "blocks.1.attn.wg.weight": (3, 12), "blocks.1.attn.wg_0.weight": (2, 12),
+        "blocks.1.attn.wg_1.weight": (2, 12), "blocks.2.attn.wg.weight": (4, 12),
+        "blocks.3.attn.wg_1.weight": (3, 12),
+    }  # fmt: skip
+    assert tensors["blocks.1.attn.qkv.weight"].shape == (60, 12)
+    leaves = flatten(params)
+    again = flatten(import_params(tensors, {k: x.shape for k, x in leaves.items()},
+                                  dit.TORCH_NAMES))  # fmt: skip
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(again[path], leaf)
 
 
 def test_new_model_says_nothing():
@@ -190,8 +265,9 @@ def products(jaxpr):
     return total
 
 
-def test_flops_are_those_of_the_products():
-    model = build("dit", **TINY, attention_implementation="reference")
+@pytest.mark.parametrize("fields", [{}, MIXED])
+def test_flops_are_those_of_the_products(fields):
+    model = build("dit", **TINY | fields, attention_implementation="reference")
     program = jax.make_jaxpr(lambda p, b: model.apply({"params": p}, **b).prediction)(
         abstract_params(model), model.example(1)
     )
@@ -230,6 +306,9 @@ def test_names_of_the_released_code():
         ({"head_dim": None, "num_heads": 5}, "5 heads must divide width=12"),
         ({"mixture": ((1, 2, 1, 1),)}, "runs have 1 layers, depth=2"),
         ({"mixture": ((2, 2, 1),)}, "runs are"),
+        ({"mixture": ((2, 2, 2, 1),)}, "2 shared heads and 1 chosen ones"),
+        ({"mixture": ((2, 2, 1, 0),)}, "the others never work"),
+        ({"compute": "spars"}, "compute='spars': did you mean 'sparse'"),
         ({"drop_label": 1.0}, "drop_label=1.0"),
         ({"remat": "fll"}, "remat='fll': did you mean 'full'"),
         ({"depth": 0}, "depth=0: must be at least 1"),

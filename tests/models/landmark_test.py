@@ -10,8 +10,11 @@ import pytest
 
 from attnjax.data.patterns import KeyRecall
 from attnjax.errors import RecipeError
-from attnjax.models.landmark import PRESETS, Landmark
+from attnjax.models import decoder
+from attnjax.models.landmark import PRESETS, Landmark, Reading
+from attnjax.nn.stack import token_logits
 from attnjax.ops.landmark_cache import RETRIEVALS
+from attnjax.ops.landmark_tape import insert, strip, tape_length
 from attnjax.tasks.long_language import LongLanguageModelling
 
 ATOL = 2e-5
@@ -71,7 +74,7 @@ def test_windows_end(network):
 
 def test_gates_are_dropped_in_training_alone(network):
     model, params, tokens = network
-    dropped = model.clone(group_dropout=0.5)
+    dropped = model.clone(landmarks={"group_dropout": 0.5})
     apply = lambda **options: dropped.apply({"params": params}, tokens, **options).logits
     calm = apply()
     np.testing.assert_allclose(calm, model.apply({"params": params}, tokens).logits, atol=ATOL)
@@ -80,11 +83,116 @@ def test_gates_are_dropped_in_training_alone(network):
     assert np.abs(noisy[:, 6:] - calm[:, 6:]).max() > 1e-3
 
 
+def test_positions_jump_in_training_alone(network):
+    model, params, tokens = network
+    jumping = model.clone(landmarks={"jump": 3})
+    apply = lambda model, **options: model.apply({"params": params}, tokens, **options).logits
+    key = {"attention": jax.random.key(1)}
+    calm = apply(model)
+    np.testing.assert_array_equal(apply(jumping), calm)
+    far = apply(jumping, train=True, rngs=key)
+    np.testing.assert_allclose(far[:, :5], calm[:, :5], atol=ATOL)  # no landmark before them
+    assert np.abs(far[:, 6:] - calm[:, 6:]).max() > 1e-3
+    # Jumps of one place are as if every landmark took two.
+    single = apply(model.clone(landmarks={"jump": 1}), train=True, rngs=key)
+    slots = np.arange(tape_length(34, 5))
+    layers = model.bind({"params": params})
+    streams, positions = layers._streams(insert(tokens, 5, 30)), (slots + slots // 6)[None]
+    (x, _), _ = layers.layers(streams, None, positions, Reading(), False)
+    expected = token_logits(strip(layers.norm(x), 5), params["embed"]["embedding"].T)
+    np.testing.assert_allclose(single, expected, atol=ATOL)
+
+
+def test_context_miss_token(network):
+    """Control changes training; reading with enough blocks is one tape whose past is controlled."""
+    model, _, tokens = network
+    model = model.clone(landmarks={"context_miss": 0.5})
+    params = jax.tree.map(lambda x: 2 * x, model.init(jax.random.key(0), tokens)["params"])
+    assert params["miss"]["embedding"].shape == (1, 32)
+    apply = lambda **options: model.apply({"params": params}, tokens, **options).logits
+    calm, trained = apply(), apply(train=True, rngs={"attention": jax.random.key(1)})
+    np.testing.assert_allclose(trained[:, :5], calm[:, :5], atol=ATOL)
+    assert np.abs(trained[:, 6:] - calm[:, 6:]).max() > 1e-3
+    grads = jax.grad(lambda p: jnp.sum(model.apply({"params": p}, tokens).logits ** 2))(params)
+    assert np.abs(grads["miss"]["embedding"]).max() > 0
+    rates = []
+    for cutoff in (0.0, 0.2, 1.0):
+        task = LongLanguageModelling(model, chunk=10, blocks=8, top_k=3, miss_cutoff=cutoff)
+        states = jax.jit(task.evaluate)(params, {"tokens": tokens})
+        rates.append(float(states["dropped"].compute()))
+    assert rates[0] == 0 < rates[1] < rates[2] == 1
+
+
+def test_parts_see_themselves_and_the_part_before(network):
+    model, params, tokens = network
+    recurrent = model.clone(attention="recurrent", window=4, depth=1)
+    params = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+    embedded = params["embed"]["embedding"][tokens]
+
+    def mixed(x):
+        layer = recurrent.bind({"params": params})
+        (x, _), _ = layer.layers((x, None), None, None, Reading(), False)
+        return x
+
+    out = mixed(embedded)
+    for place in range(34):
+        changed = mixed(embedded.at[:, place].multiply(-1))
+        seen = np.abs(changed - out).max(axis=(0, 2)) > 1e-6
+        own, part = np.arange(34), np.arange(34) // 4
+        assert (seen == ((own >= place) & (part - place // 4 <= 1))).all()
+    # The part before gets no gradient: only what goes through the tokens themselves.
+    grad = jax.grad(lambda x: jnp.sum(mixed(x)[:, 8:12] ** 2))(embedded)
+    assert np.abs(grad[:, 8:12]).max() > 0 and np.abs(grad[:, :8]).max() == 0
+
+
+def test_the_right_block_is_counted(network):
+    model, params, tokens = network
+    holder = np.full(tokens.shape, -1, np.int32)
+    holder[:, 30:] = 2
+    batch = {"tokens": tokens, "holder": holder, "scored": holder >= 0}
+    rates = {}
+    for blocks, top_k in ((8, 6), (1, 1)):
+        task = LongLanguageModelling(model, chunk=10, blocks=blocks, top_k=top_k, scored=True)
+        states = jax.jit(task.evaluate)(params, batch)
+        rates[top_k] = float(states["retrieved"].compute())
+    # Six blocks are all there are; the latest one is block 3 or later.
+    assert rates == {6: 1.0, 1: 0.0}
+
+
+def test_llamas_style(network):
+    """RMS norms, SwiGLU, a head of its own: a decoder whose landmarks are never reached."""
+    fields = dict(vocab_size=30, width=32, depth=2, hidden=48)
+    model = Landmark(**fields, num_heads=2, block=40, length=34, style="llama")
+    other = decoder.Decoder(**fields, heads=(2, 2), length=34, epsilon=1e-6)
+    tokens = network[2]
+    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.tree.map(lambda x: 2 * x, params)
+    ours = model.apply({"params": params}, tokens).logits
+    assert ours.shape == (2, 34, 31) and model.head_kernel(params).shape == (32, 31)
+    theirs = dict(params)
+    theirs["embed"] = {"embedding": params["embed"]["embedding"][:30]}
+    theirs["head"] = {"kernel": params["head"]["kernel"][:, :30]}
+    expected = other.apply({"params": theirs}, tokens).logits
+    np.testing.assert_allclose(ours[..., :30], expected, atol=ATOL)
+
+
 def test_the_papers_model_has_its_size():
     model = Landmark(**PRESETS["paper"])
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 60), np.int32))["params"]
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 202_531_840
     assert (model.rows, model.landmark) == (50_304, 50_260)
+
+
+def test_initial_values_have_the_papers_sizes():
+    """The last matrix of each branch is smaller, so that their sum does not grow with depth."""
+    model = Landmark(depth=8, width=64, hidden=256)
+    params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    layers = params["layers"]
+    for kernel in (layers["attention"]["query"], layers["mlp"]["up"]):
+        np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02, rtol=0.03)
+    np.testing.assert_allclose(np.std(params["embed"]["embedding"]), 0.02, rtol=0.03)
+    for kernel in (layers["attention"]["out"], layers["mlp"]["down"]):
+        np.testing.assert_allclose(np.std(kernel["kernel"]), 0.02 / 4, rtol=0.03)
 
 
 @pytest.mark.parametrize("chunk", [9, 10])
@@ -131,7 +239,12 @@ def test_wrong_arguments_are_refused(network):
         (dict(attention="full"), "model.attention='full'"),
         (dict(attention="window"), "model.window=None"),
         (dict(window=4), "model.window=4"),
-        (dict(group_dropout=1.0), "model.group_dropout=1.0"),
+        (dict(landmarks={"group_dropout": 1.0}), r"landmarks\.group_dropout=1\.0"),
+        (dict(landmarks={"context_miss": 2}), r"landmarks\.context_miss=2"),
+        (dict(landmarks={"skip": 2}), "skip"),
+        (dict(landmarks={"jump": 3}, attention="causal"), "has no landmarks"),
+        (dict(attention="recurrent"), "model.window=None"),
+        (dict(style="bert"), "model.style='bert'"),
         (dict(table=(300, 100)), "model.table"),
         (dict(width=33), "model.width=33"),
         (dict(block=0), "model.block=0"),

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from attnjax.ops import landmark_attention
+from attnjax.ops.grouped import ContextMiss
+from attnjax.ops.landmark import miss_score
 from attnjax.ops.landmark_cache import RETRIEVALS, BlockCache, HostBlocks, read_chunk
 from attnjax.ops.landmark_tape import (
     cached_slots,
@@ -76,12 +78,14 @@ def test_stingy_positions_are_those_of_the_table():
 
 
 def test_jumps_keep_blocks_together():
-    positions = jump(np.arange(12), 3, np.random.default_rng(0), most=5)
+    positions = np.asarray(jump(jax.random.key(0), (2, 12), 3, most=5))
+    assert (positions[0] != positions[1]).any() and (positions[:, :4] == np.arange(4)).all()
     steps = np.diff(positions)
     at_block = np.arange(1, 12) % 4 == 0
-    assert (steps[~at_block] == 1).all() and (steps[at_block] >= 2).all() and steps.max() <= 6
+    assert (steps[:, ~at_block] == 1).all() and (steps[:, at_block] >= 2).all()
+    assert steps.max() <= 6
     with pytest.raises(ValueError, match="most=0"):
-        jump(np.arange(3), 3, np.random.default_rng(0), most=0)
+        jump(jax.random.key(0), (1, 3), 3, most=0)
 
 
 def arrays(length, seed=0):
@@ -90,16 +94,18 @@ def arrays(length, seed=0):
     return make(N), make(K), make(K)
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "retrieval"))
-def read(query, key, value, cache, top_k, retrieval="per_token_and_head"):
-    return read_chunk(query, key, value, cache, top_k=top_k, retrieval=retrieval, rotate=rotate)
+@functools.partial(jax.jit, static_argnames=("top_k", "retrieval", "miss_cutoff"))
+def read(query, key, value, cache, top_k, retrieval="per_token_and_head", **miss):
+    return read_chunk(
+        query, key, value, cache, top_k=top_k, retrieval=retrieval, rotate=rotate, **miss
+    )
 
 
 def in_chunks(query, key, value, chunks, cache, **options):
     outs, at = [], 0
     for size in chunks:
         part = slice(at, at + size)
-        out, cache = read(query[:, part], key[:, part], value[:, part], cache, **options)
+        out, cache, _ = read(query[:, part], key[:, part], value[:, part], cache, **options)
         outs.append(out)
         at += size
     return jnp.concatenate(outs, axis=1), cache
@@ -202,9 +208,54 @@ def test_retrieval_is_that_of_the_definition(retrieval):
     cache = BlockCache.empty(B, cached, BLOCK, K, H)
     cache = cache.append(key[:, : cached * BLOCK], value[:, : cached * BLOCK])
     part = slice(cached * BLOCK, None)
-    out, _ = read(query[:, part], key[:, part], value[:, part], cache, top_k, retrieval)
+    out, _, seen = read(query[:, part], key[:, part], value[:, part], cache, top_k, retrieval)
     expected = by_hand(query, key, value, cached, top_k, retrieval)
     np.testing.assert_allclose(out, expected, atol=ATOL)
+    assert seen.blocks.shape[-1] == top_k and seen.miss_share is None
+    assert (np.diff(seen.blocks, axis=-1) > 0).all() and seen.blocks.min() >= 0
+    assert seen.blocks.max() < cached
+
+
+def test_context_miss_token_switches_retrieval():
+    """With enough blocks as on one tape; its share, and what a cutoff of it leaves."""
+    cached, top_k = 3, 4
+    query, key, value = arrays(cached * BLOCK + 6, seed=4)
+    miss_key = 2 * arrays(1, seed=5)[1][:1]
+    cache = BlockCache.empty(B, cached, BLOCK, K, H)
+    cache = cache.append(key[:, : cached * BLOCK], value[:, : cached * BLOCK])
+    part = slice(cached * BLOCK, None)
+    chunk = (query[:, part], key[:, part], value[:, part])
+    once = functools.partial(read, *chunk, cache, top_k, miss_key=miss_key)
+
+    def tape(keys, first, controlled):
+        positions = jnp.arange(keys.shape[1]) + first
+        turned = rotate(query[:, part], positions[-6:])
+        score = miss_score(turned, rotate(miss_key, jnp.full((1, 1), -1)))
+        miss = ContextMiss(score, np.arange(keys.shape[1])[None] < controlled)
+        values = value[:, -keys.shape[1] :]
+        return landmark_attention(turned, rotate(keys, positions), values, block=BLOCK, miss=miss)
+
+    out, _, seen = once()
+    np.testing.assert_allclose(out, tape(key, 0, cached * BLOCK), atol=ATOL)
+    share = np.asarray(seen.miss_share)
+    assert share.shape == (B, N, 6) and share.min() > 0 and share.max() < 1
+    dropped = [float((share < cutoff).mean()) for cutoff in (0.0, 0.2, 0.5, 1.0)]
+    assert dropped == sorted(dropped) and dropped[0] == 0 < dropped[1] < dropped[2]
+    assert dropped[-1] == 1
+    local = tape(key[:, part], cached * BLOCK, 0)
+    np.testing.assert_allclose(once(miss_cutoff=1.0)[0], local, atol=ATOL)
+    half = once(miss_cutoff=0.5)[0]
+    keeps = np.swapaxes(share >= 0.5, 1, 2)[..., None]
+    np.testing.assert_allclose(half, np.where(keeps, out, local), atol=ATOL)
+    host = HostBlocks(B, cached, BLOCK, K, H)
+    first = slice(0, cached * BLOCK)
+    host.read(query[:, first], key[:, first], value[:, first], top_k=0, rotate=rotate)
+    result, there = host.read(*chunk, top_k=2, rotate=rotate, miss_key=miss_key, miss_cutoff=0.5)
+    expected, _, here = read(
+        *chunk, cache, 2, "max_over_tokens", miss_key=miss_key, miss_cutoff=0.5
+    )
+    np.testing.assert_allclose(result, expected, atol=ATOL)
+    np.testing.assert_array_equal(there.blocks, here.blocks)
 
 
 def test_what_is_pushed_out_does_not_matter_to_the_rest():
@@ -227,7 +278,8 @@ def test_blocks_on_the_host_give_the_same():
     host, outs, at = HostBlocks(B, 6, BLOCK, K, H), [], 0
     for size in chunks:
         part = slice(at, at + size)
-        outs.append(host.read(query[:, part], key[:, part], value[:, part], top_k=2, rotate=rotate))
+        chunk = (query[:, part], key[:, part], value[:, part])
+        outs.append(host.read(*chunk, top_k=2, rotate=rotate)[0])
         at += size
     cache = BlockCache.empty(B, 6, BLOCK, K, H)
     expected, _ = in_chunks(query, key, value, chunks, cache, top_k=2, retrieval="max_over_tokens")

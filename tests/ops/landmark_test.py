@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Landmark attention against its definition in three loops, dense and block by block."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from attnjax.ops import attention, landmark_attention, mask, normalizers
+from attnjax.ops.grouped import ContextMiss
 
 B, N, K, H, HV = 2, 4, 2, 5, 3
 TOLERANCE = 1e-6
@@ -27,8 +29,11 @@ def arrays(t, s, seed=0):
     return make(B, t, N, H), make(B, s, K, H), make(B, s, K, HV)
 
 
-def by_hand(query, key, is_landmark, visible):
-    """Weights `[b,n,t,s]` by the paper's definition, one number at a time."""
+def by_hand(query, key, is_landmark, visible, miss=None):
+    """Weights `[b,n,t,s]` by the paper's definition, one number at a time.
+
+    A context-miss token takes part in the query's own group; controlled landmarks form another.
+    """
     query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
     t, s = query.shape[1], key.shape[1]
     weights = np.zeros((B, N, t, s))
@@ -42,12 +47,21 @@ def by_hand(query, key, is_landmark, visible):
             if j > i or not visible[b, n, row, j] or (is_landmark[b, j] and j == closing[i]):
                 continue
             group = closing[i] if is_landmark[b, j] else closing[j]
+            if miss is not None and is_landmark[b, j] and miss.controlled[b, j]:
+                group = "controlled"
             groups.setdefault(group, []).append(j)
-        share = {}
+        share, missed = {}, 1.0
+        if miss is not None:
+            score.append(float(miss.score[b, n, row]))
+            groups.setdefault(closing[i], []).append(s)
         for members in groups.values():
             top = max(score[j] for j in members)
             total = sum(np.exp(score[j] - top) for j in members)
             share |= {j: np.exp(score[j] - top) / total for j in members}
+        if miss is not None:
+            missed = share.pop(s)
+            for j in groups.get("controlled", []):
+                share[j] *= missed if missed >= miss.cutoff else 0
         for j, own in share.items():
             if not is_landmark[b, j]:
                 gate = 1.0 if closing[j] == closing[i] else share.get(closing[j], 0.0)
@@ -89,6 +103,37 @@ def test_weights_are_those_of_the_definition(seed):
     np.testing.assert_allclose(result.out, mixed, atol=OUTPUT)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_context_miss_token_decides_on_controlled_blocks(seed):
+    """Dense with landmarks anywhere; dense, and block by block, with regular ones."""
+    rng, t, s = np.random.default_rng(seed), (17, 9)[seed], 17
+    query, key, value = arrays(t, s, seed)
+    miss = ContextMiss(
+        jnp.asarray(rng.standard_normal((B, N, t)), jnp.float32), rng.random((B, s)) < 0.5,
+        cutoff=0.3 * seed,
+    )  # fmt: skip
+    everything = np.ones((B, N, t, s), bool)
+    mix = lambda weights: np.einsum("bnts,bsnh->btnh", weights, np.repeat(value, N // K, axis=2))
+    is_landmark = rng.random((B, s)) < 0.25
+    is_landmark[:, 0] = False
+    out = compiled(lambda *a: landmark_attention(*a, is_landmark=is_landmark, miss=miss))(
+        query, key, value
+    )
+    expected = mix(by_hand(query, key, is_landmark, everything, miss))
+    np.testing.assert_allclose(out, expected, atol=OUTPUT)
+    expected = mix(by_hand(query, key, regular(s, 4), everything, miss))
+    grads = []
+    for form in both_forms(4, query, key, value, miss=miss):
+        np.testing.assert_allclose(compiled(form)(query, key, value), expected, atol=OUTPUT)
+        loss = lambda score, *a, form=form: jnp.sum(
+            jnp.sin(form(*a, miss=dataclasses.replace(miss, score=score)))
+        )
+        grads.append(compiled(jax.grad(loss, (0, 1, 2, 3)))(miss.score, query, key, value))
+    for dense, blocked in zip(*grads, strict=True):
+        assert np.abs(dense).max() > 1e-3
+        np.testing.assert_allclose(blocked, dense, atol=GRADIENT)
+
+
 @pytest.mark.parametrize("block", [2, 5, 6])
 def test_rows_sum_to_one(block):
     query, key, value = arrays(17, 17)
@@ -105,8 +150,10 @@ def test_rows_sum_to_one(block):
 
 def both_forms(block, query, key, value, **options):
     s = key.shape[1]
-    dense = lambda *a: landmark_attention(*a, is_landmark=regular(s, block), **options)
-    blocked = lambda *a: landmark_attention(*a, block=block, **options)
+    dense = lambda *a, **more: landmark_attention(
+        *a, is_landmark=regular(s, block), **(options | more)
+    )
+    blocked = lambda *a, **more: landmark_attention(*a, block=block, **(options | more))
     return dense, blocked
 
 
@@ -234,7 +281,7 @@ def test_scores_of_one_block_at_a_time():
 
     scores = 4 * 2 * s * s
     assert temporaries(block=block) < scores
-    assert temporaries(is_landmark=regular(s, block)[:1]) > 8 * scores
+    assert temporaries(is_landmark=regular(s, block)[:1]) > 3 * scores
 
 
 def test_refusals():

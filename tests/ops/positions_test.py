@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnjax.ops.positions import query_key_norm, rotate, segment_positions, sinusoids
+from attnjax.ops.positions import Rotary, query_key_norm, rotate, segment_positions, sinusoids
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 5, 3, 8)).astype(np.float32)
@@ -36,6 +36,43 @@ def test_rotation_is_complex_multiplication(layout, width):
     shared = rotate(X, np.arange(5) + 0.5, layout=layout, width=width, base=500.0)
     expected = turned(X, np.tile(np.arange(5) + 0.5, (2, 1)), width or 8, layout, 500.0)
     np.testing.assert_allclose(shared, expected, atol=TOLERANCE)
+
+
+def test_long_wavelengths_are_stretched():
+    """LLaMA 3.1's rule, pair by pair."""
+    factor, low, high, length = scaling = (8.0, 0.5, 2.0, 16)
+    rotary = Rotary.of({"base": 100.0, "layout": "interleaved", "scaling": list(scaling)})
+    expected, kinds = X.astype(np.float64), set()
+    for i in range(4):
+        frequency = 100.0 ** (-i / 4)
+        wavelength = 2 * np.pi / frequency
+        if wavelength > length / low:
+            kind, stretched = "far", frequency / factor
+        elif wavelength < length / high:
+            kind, stretched = "near", frequency
+        else:
+            share = (length / wavelength - low) / (high - low)
+            kind, stretched = "between", (1 - share) * frequency / factor + share * frequency
+        kinds.add(kind)
+        pair = X[..., 2 * i] + 1j * X[..., 2 * i + 1]
+        pair = pair * np.exp(1j * POSITIONS[..., None] * stretched)
+        expected[..., 2 * i], expected[..., 2 * i + 1] = pair.real, pair.imag
+    assert kinds == {"far", "near", "between"}
+    np.testing.assert_allclose(rotary.turn(X, POSITIONS), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layout": "thirds"}, "half"),
+        ({"base": -1.0}, "base"),
+        ({"scaling": (8.0, 4.0, 1.0, 16)}, "low < high"),
+        ({"theta": 3.0}, "'theta' is no field"),
+    ],
+)
+def test_rotary_refusals(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Rotary.of(fields)
 
 
 def test_layouts_differ_by_a_permutation():

@@ -108,6 +108,21 @@ def test_loss_follows_its_key():
     assert values["bound"] == 0 and loss == values["noise_error"] and plain.eta == 1.0
 
 
+def test_balance_of_heads_counts():
+    fields = {"num_classes": 3, "image_size": 4, "channels": 2, "width": 8, "depth": 1}
+    fields |= {"mixture": ((1, 4, 1, 1),), "drop_label": 0.5}
+    task = ClassDiffusion(build("dit", **fields), balance=0.5)
+    params = task.init(KEY, {})
+    run = jax.jit(jax.value_and_grad(task.loss, has_aux=True), compiler_options=QUICK)
+    (loss, values), grads = run(params, draw(), KEY, 0)
+    assert set(values) == {"noise_error", "bound", "balance_loss", "dropped"}
+    expected = values["noise_error"] + values["bound"] + 0.5 * values["balance_loss"]
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6) and values["dropped"] == 0
+    assert 0.9 < float(values["balance_loss"]) < 3
+    # In a new model nothing but the balance reaches the routers: gates of blocks are closed.
+    assert np.abs(grads["block_0"]["router"]["routed"]["kernel"]).max() > 1e-5
+
+
 def test_times_and_noise_are_as_meant():
     """The mean loss over many draws is that over all times and noises."""
     task, params = make(steps=20)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is said about a compiled step whose program cannot be printed."""
 
+import pathlib
+
 import jax
 import pytest
 
@@ -11,10 +13,15 @@ REFUSAL = "INTERNAL: RET_CHECK failure: async-update instruction should have 1 o
 
 
 class Unprintable:
-    """An executable as libtpu makes it of ring attention."""
+    """A lowered step and its executable, as libtpu makes it of a large table of tokens."""
 
-    def __init__(self, message):
-        self.message = message
+    def __init__(self, message, dumps=()):
+        self.message, self.dumps = message, dict(dumps)
+
+    def compile(self, compiler_options):
+        for name, text in self.dumps.items():
+            (pathlib.Path(compiler_options["xla_dump_to"]) / name).write_text(text)
+        return self
 
     def as_text(self):
         raise jax.errors.JaxRuntimeError(self.message)
@@ -29,11 +36,20 @@ def compiled(collectives):
 
 
 def test_memory_is_reported_without_the_collectives():
-    assert ahead_of_time._collectives(Unprintable(REFUSAL)) is None
+    assert ahead_of_time._compile(Unprintable(REFUSAL))[1] == ""
     text = render(compiled(None))
     assert "unknown: the compiler cannot print this program" in text
     assert "3.000" in text and "fits" in text
     assert compiled(None).to_dict()["collectives"] is None
+
+
+def test_what_the_compiler_prints_itself_stands_in():
+    dumps = {
+        "module_0.jit_constant.after_optimizations.txt": "HloModule",
+        "module_1.jit_step.after_optimizations.txt": "HloModule jit_step",
+        "module_1.jit_step.before_optimizations.txt": "HloModule jit_step, far longer",
+    }
+    assert ahead_of_time._compile(Unprintable(REFUSAL, dumps))[1] == "HloModule jit_step"
 
 
 def test_no_collectives_are_not_unknown_ones():
@@ -45,4 +61,4 @@ def test_no_collectives_are_not_unknown_ones():
 
 def test_other_failures_are_not_hidden():
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
-        ahead_of_time._collectives(Unprintable("out of memory"))
+        ahead_of_time._compile(Unprintable("out of memory"))

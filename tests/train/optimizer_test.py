@@ -31,6 +31,14 @@ def test_schedule(decay, expected):
         assert float(schedule(step)) == pytest.approx(value, abs=CLOSE)
 
 
+def test_runs_may_end_before_the_decay_does():
+    """0.4 cycles of a cosine, as the landmark paper's LLaMA: cos(0.8 pi) at the end."""
+    schedule = make_schedule(Optim(lr=1.0, warmup=20, cooldown=-45), 200)
+    halfway = (1 + np.cos(0.4 * np.pi)) / 2
+    for step, value in ((20, 1.0), (110, halfway), (200, (1 + np.cos(0.8 * np.pi)) / 2)):
+        assert float(schedule(step)) == pytest.approx(value, abs=CLOSE)
+
+
 def test_learning_rate_falls_in_steps():
     optim = Optim(
         lr=1.0, warmup=10, warmup_lr=1.0, decay="step", decay_every=20, decay_rate=0.5, end_lr=0.2

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from attnjax.errors import AttnjaxError
-from attnjax.train import figures, report
+from attnjax.train import figures, progress, report
 
 
 def lines(workdir):
@@ -251,6 +251,17 @@ def test_final_report_has_numbers_and_pictures(tmp_path):
         assert f"]({name}.png)" in text
         assert is_picture(path.parent / f"{name}.png")
     assert len(os.listdir(path.parent)) == 4
+
+
+def test_final_report_says_how_well_devices_were_used(tmp_path, monkeypatch):
+    speeds = [{"step": i, report._SPEED: speed} for i, speed in enumerate((10.0, 40.0, 20.0))]
+    (tmp_path / report.METRICS_FILE).write_text("".join(json.dumps(x) + "\n" for x in speeds))
+    page = report.final_report(tmp_path, RECIPE, {}, flops=3e9).read_text()
+    assert "3.000e+09" in page and "median speed 20 examples/s" in page
+    assert "the peak of cpu is not listed" in page
+    monkeypatch.setattr(progress, "_PEAK_FLOPS", (("cpu", 3e11),))
+    page = report.final_report(tmp_path, RECIPE, {}, flops=3e9).read_text()
+    assert "3.000e+09 x 20 / (8 x 3.000e+11) = 2.5 %" in page
 
 
 def test_final_report_of_nothing_still_is_a_page(tmp_path):
