@@ -7,8 +7,9 @@ classifier fitted to the digits recognises, and a Frechet distance (attnjax/metr
 
 Run:     python -m launch.train --config=configs/moh/dit_digits.py:moh_75 --workdir=DIR
 Data:    bundled with scikit-learn, no network; 1,437 images of 8 x 8
-Cost:    not measured yet
-Expect:  not measured yet
+Cost:    about six minutes on one CPU core (6.5 steps/s), of which half a minute samples
+Expect:  samples/recognised above 0.85 and samples/frechet below 1.2 (seed 0: dense 0.911 and 0.53,
+         moh_90 0.920 and 0.90, moh_75 0.919 and 0.87); real pictures reach 0.989 and 0.23
 """
 
 from attnjax.errors import RecipeError

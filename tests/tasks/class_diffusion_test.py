@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diffusion of classes: the loss by hand, samples of class and key only, a short run."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -15,8 +16,11 @@ from attnjax.models.dit import Output
 from attnjax.models.load import build
 from attnjax.ops import diffusion
 from attnjax.ops import learned_variance as variance
+from attnjax.parallel import make_mesh
+from attnjax.recipe import Mesh
 from attnjax.tasks import ClassDiffusion, Task
 from attnjax.train import loop
+from attnjax.train.program import build as build_program
 
 KEY = jax.random.key(0)
 CLOSE = 1e-5
@@ -256,3 +260,36 @@ def test_refusals():
         change(batch)
         with pytest.raises(RecipeError, match=message):
             task.check(batch)
+
+
+def one_step(sizes, devices):
+    """Loss, gradient norm and metrics of one step of the recipe with heads as experts."""
+    run = recipe.load("configs/moh/dit_digits.py:moh_75")
+    run.batch, run.mesh = 8, Mesh(**sizes)
+    run.model |= {"width": 48, "depth": 2, "mixture": ((1, 6, 2, 1), (1, 6, 6, 0))}
+    run.task |= {"judge": False}
+    mesh = make_mesh(dataclasses.asdict(run.mesh), jax.devices()[:devices])
+    program = build_program(run.validate(), mesh)
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, program.batch["image"].shape).astype(np.float32)
+    batch = {"image": image, "label": np.arange(8, dtype=np.int32)}
+    with jax.set_mesh(mesh):
+        _, values = program.step(program.init(), program.to_device(batch))
+    return {k: float(values[k]) for k in ("loss", "grad_norm", "bound", "balance_loss")}
+
+
+@pytest.mark.slow
+def test_step_on_eight_devices():
+    """The balance is that of the global batch, however it is divided."""
+    alone = one_step({"data": 1}, 1)
+    for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "model": 2}):
+        assert one_step(sizes, 8) == pytest.approx(alone, rel=1e-4), sizes
+
+
+@pytest.mark.slow
+def test_recipe_reaches_what_it_says(tmp_path):
+    """Digits that a classifier takes for their class as often as not quite the real ones."""
+    result = loop.run(recipe.load("configs/moh/dit_digits.py:moh_75"), tmp_path)
+    assert result.metrics["samples/recognised"] > 0.85
+    assert result.metrics["samples/recognised_real"] > 0.98
+    assert result.metrics["samples/frechet"] < 1.2
