@@ -105,7 +105,7 @@ class Heads(NamedTuple):
     @property
     def scores(self) -> int:
         """Outputs of the router."""
-        if self.mixture is None or self.count == 1:
+        if self.mixture is None:
             return 0
         shared, routed = self.mixture.shared, self.count - self.mixture.shared
         return routed + (shared if shared > 1 else 0) + (2 if shared and routed else 0)
