@@ -78,12 +78,13 @@ SYSTEMS = {
 
 BACKBONES = {
     "decoder": "attnjax.models.decoder:Decoder",
+    "dit": "attnjax.models.dit:DiT",
     "encoder": "attnjax.models.encoder:Encoder",
     "encoder_decoder": "attnjax.models.encoder_decoder:EncoderDecoder",
     "gpt2": "attnjax.models.gpt2:GPT2",
     "vit": "attnjax.models.vit:ViT",
 }
-"""Networks that systems and recipes start from; no paper of their own."""
+"""Networks that systems and recipes start from; no system of their own."""
 
 MODELS = {
     "fastspeech2": "attnjax.models.fastspeech2:FastSpeech2",
@@ -97,6 +98,7 @@ MODELS = {
 """Models that belong to a system of another kind."""
 
 TASKS = {
+    "class_diffusion": "attnjax.tasks.class_diffusion:ClassDiffusion",
     "classification": "attnjax.tasks.classification:Classification",
     "completion": "attnjax.tasks.completion:Completion",
     "forecasting": "attnjax.tasks.forecasting:Forecasting",
@@ -126,6 +128,7 @@ SOURCES = {
     "json_lines": "attnjax.data.token_files:JsonLines",
     "key_recall": "attnjax.data.patterns:KeyRecall",
     "lagged_series": "attnjax.data.series:LaggedSeries",
+    "latent_files": "attnjax.data.latents:LatentFiles",
     "listops": "attnjax.data.sequences:ListOps",
     "lj_speech": "attnjax.data.speech:LjSpeech",
     "lra_image": "attnjax.data.lra:LraImage",
@@ -165,6 +168,7 @@ PIPELINES = {
     "image_train": "attnjax.data.pipelines:ImageTrain",
     "mask_tokens": "attnjax.data.masking:MaskTokens",
     "picture_pairs": "attnjax.data.pictures:PicturePairs",
+    "pictures": "attnjax.data.pictures:Pictures",
     "point_clouds": "attnjax.data.points:PointClouds",
     "small_images": "attnjax.data.pipelines:SmallImages",
 }

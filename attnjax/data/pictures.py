@@ -183,6 +183,41 @@ class PicturePairs:
         return {name: scale(array) for name, array in pictures.items()}
 
 
+class Pictures:
+    """The pipeline of labelled pictures as they are: enlarge, mirror, map pixels to [-1, 1].
+
+    Latents, floating numbers of any range, are mirrored only.
+
+    Args:
+      size: side that pictures of pixels get, by Pillow's bicubic filter; 0: the one they have.
+      flip: probability of mirroring; training only.
+
+    Raises:
+      RecipeError: a value is out of range.
+    """
+
+    def __init__(self, size: int = 0, flip: float = 0.0):
+        if not 0 <= flip <= 1:
+            raise RecipeError(f"pipeline.flip={flip}: must be in [0, 1]")
+        if size < 0:
+            raise RecipeError(f"pipeline.size={size}: must be at least 0")
+        self.size, self.flip = size, flip
+        self.random = flip > 0
+
+    def __call__(
+        self, example: dict, rng: np.random.Generator | None = None
+    ) -> dict[str, np.ndarray]:
+        image = np.asarray(example["image"])
+        if rng is not None and self.random and rng.random() < self.flip:
+            image = image[:, ::-1]
+        if image.dtype == np.uint8:
+            image = resize(np.ascontiguousarray(image), self.size) if self.size else image
+            image = image.astype(np.float32) * np.float32(2 / 255) - 1
+        return {
+            "image": np.ascontiguousarray(image, np.float32), "label": np.int32(example["label"]),
+        }  # fmt: skip
+
+
 def resize(array: np.ndarray, side: int) -> np.ndarray:
     """Return uint8 `[side, side, c]` of uint8 `[y, x, c]`, by Pillow's bicubic filter."""
     channels = array.shape[2]

@@ -6,6 +6,7 @@ from attnjax.metrics.images import psnr, ssim, to_uint8
 from attnjax.metrics.language import BitsPerByte, Perplexity
 from attnjax.metrics.mean import Accuracy, Mean, TopK
 from attnjax.metrics.points import f_score
+from attnjax.metrics.samples import SampleQuality
 from attnjax.metrics.speech import mel_cepstral_distortion, mel_spectral_distortion
 from attnjax.metrics.state import Metric, compute, merge
 
@@ -16,6 +17,7 @@ __all__ = [
     "Mean",
     "Metric",
     "Perplexity",
+    "SampleQuality",
     "TopK",
     "compute",
     "f_score",

@@ -54,6 +54,8 @@ class MultiHeadAttention(nn.Module):
       implementation: passed to `nn.attend`.
       attend: replaces `ops.attention`; called as `attend(query, key, value, **options)` with only
         those options of `ops.attention` that this call uses.
+      kernel_init: draws the kernels `[d, n, h]` of query, key and value.
+      out_init: draws the kernel `[n, h, d]` of the output.
     """
 
     num_heads: int
@@ -65,6 +67,8 @@ class MultiHeadAttention(nn.Module):
     dtype: str = "float32"
     implementation: str | None = None
     attend: Callable[..., Any] | None = None
+    kernel_init: Callable[..., Array] = LINEAR
+    out_init: Callable[..., Array] = LINEAR
 
     @nn.compact
     def __call__(
@@ -99,11 +103,18 @@ class MultiHeadAttention(nn.Module):
         context_bsd = x_btd if context is None else context.astype(self.dtype)
         bias_shape = (n, h) if self.use_bias else None
         out_width = n * h if self.value_skip else width
-        w_query, b_query = Projection((width, n, h), bias_shape, self.dtype, name="query")()
         s_width = context_bsd.shape[-1]
-        w_key, b_key = Projection((s_width, n, h), bias_shape, self.dtype, name="key")()
-        w_value, b_value = Projection((s_width, n, h), bias_shape, self.dtype, name="value")()
-        w_out, b_out = Projection((n, h, out_width), (out_width,), self.dtype, name="out")()
+
+        def project(name, width):
+            shape = (width, n, h)
+            return Projection(shape, bias_shape, self.dtype, self.kernel_init, name=name)()
+
+        w_query, b_query = project("query", width)
+        w_key, b_key = project("key", s_width)
+        w_value, b_value = project("value", s_width)
+        w_out, b_out = Projection(
+            (n, h, out_width), (out_width,), self.dtype, self.out_init, name="out"
+        )()
 
         options: dict[str, Any] = {}
         for name, value in (("mask", mask), ("bias", bias)):

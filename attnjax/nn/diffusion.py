@@ -27,22 +27,29 @@ class LevelEmbed(nn.Module):
     """A number per example (noise level, time) as a vector: sinusoids, linear, swish, linear.
 
     Attributes:
-      features: width of the vector and of the sinusoids, even.
+      features: width of the vector.
       hidden: width in the middle.
       kernel_init: draws both matrices.
       dtype: compute dtype of the linear maps.
+      waves: width of the sinusoids, even; None: that of the vector.
+      is_cosine_first: cosines before sines.
     """
 
     features: int
     hidden: int
     kernel_init: Callable[..., Array] = ORTHOGONAL
     dtype: str = "float32"
+    waves: int | None = None
+    is_cosine_first: bool = False
 
     @nn.compact
     def __call__(self, level: Array) -> Array:
         """Map `level [b]` to `[b, features]`."""
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
-        waves_bd = sinusoids(level, self.features, layout="half")
+        width = self.waves or self.features
+        waves_bd = sinusoids(level, width, layout="half")
+        if self.is_cosine_first:
+            waves_bd = jnp.roll(waves_bd, width // 2, axis=-1)
         hidden_bf = jax.nn.swish(dense(self.hidden, name="up")(waves_bd))
         return dense(self.features, name="down")(hidden_bf)
 

@@ -2,6 +2,7 @@
 """From pictures to tokens: linear patches, convolutional stems, token-to-token stems."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -30,11 +31,14 @@ class PatchEmbed(nn.Module):
       features: d, the token width.
       patch: side of a patch in pixels.
       dtype: compute dtype.
+      kernel_init: draws the kernel `[p, p, c, d]`; None: kernel and bias as PyTorch's convolutions,
+        else the bias is 0.
     """
 
     features: int
     patch: int
     dtype: str = "float32"
+    kernel_init: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(self, image: Array) -> Array:
@@ -47,9 +51,10 @@ class PatchEmbed(nn.Module):
         p = self.patch
         if rows % p or columns % p:
             raise ValueError(f"patch size {p} does not divide an image of {rows}x{columns}")
-        init = fan_in_uniform(p * p * c)
+        init = self.kernel_init or fan_in_uniform(p * p * c)
         kernel = self.param("kernel", init, (p, p, c, self.features), jnp.float32)
-        bias = self.param("bias", init, (self.features,), jnp.float32)
+        bias_init = nn.initializers.zeros if self.kernel_init else init
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
         # One large matrix product; XLA's CPU convolution is several times slower.
         patches = image.astype(self.dtype).reshape(b, rows // p, p, columns // p, p, c)
         patches_bpv = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from attnjax.errors import RecipeError
+from attnjax.nn.attend import attend
 from attnjax.nn.initializers import LINEAR
 from attnjax.nn.text import RotaryAttention, starts
 from attnjax.ops.head_routing import (
@@ -135,6 +136,49 @@ class HeadRouter(nn.Module):
 def weigh_heads(out: Array, gates: HeadGates) -> Array:
     """Return `out [b,t,n,h]` times the gates, in its dtype; what the output projection reads."""
     return out * gates.gates[..., None].astype(out.dtype)
+
+
+def mix_heads(
+    query: Array,
+    key: Array,
+    value: Array,
+    gates: HeadGates,
+    mixture: HeadMixture,
+    *,
+    implementation: str | None = None,
+    **options: Any,
+) -> tuple[Any, Array]:
+    """Attend from all tokens to all, and weigh heads.
+
+    Options of `ops.attention`, such as probabilities that are asked for, make all heads work.
+
+    Args:
+      query: `[b,t,n,h]`.
+      key, value: `[b,s,n,h]`.
+      gates: of these heads.
+      mixture: the numbers they were made with.
+      implementation: passed to `nn.attend`.
+      **options: of `ops.attention`.
+
+    Returns:
+      What `nn.attend` returns, its heads weighed; and the share of choices without a place.
+    """
+    shared, (_, t, n, _) = mixture.shared, query.shape
+    if mixture.compute == "dense" or not mixture.top_k or options:
+        result = attend(query, key, value, implementation=implementation, **options)
+        dropped = jnp.zeros((), jnp.float32)
+        if dataclasses.is_dataclass(result):
+            return dataclasses.replace(result, out=weigh_heads(result.out, gates)), dropped
+        return weigh_heads(result, gates), dropped
+    capacity = head_capacity(t, n - shared, mixture.top_k, mixture.capacity)
+    always, routed = ([x[:, :, part] for x in (query, key, value)]
+                      for part in (slice(shared), slice(shared, None)))  # fmt: skip
+    out, dropped = attend_chosen(
+        *routed, gates.chosen[:, :, shared:], capacity=capacity, implementation=implementation
+    )
+    if shared:
+        out = jnp.concatenate([attend(*always, implementation=implementation), out], axis=2)
+    return weigh_heads(out, gates), dropped
 
 
 class MixtureAttention(RotaryAttention):

@@ -28,6 +28,19 @@ def residual(depth: int):
     return jax.nn.initializers.normal(0.02 / math.sqrt(2 * depth))
 
 
+def xavier_uniform(fan_in: int, fan_out: int):
+    """Return an initialiser uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010).
+
+    Args:
+      fan_in: inputs that one output sums over.
+      fan_out: outputs of the whole map, which may be fused of several kernels.
+
+    Returns:
+      An initialiser `(key, shape, dtype) -> Array`.
+    """
+    return _uniform(math.sqrt(6 / (fan_in + fan_out)))
+
+
 def fan_in_uniform(fan_in: int):
     """Return an initialiser uniform in +-1/sqrt(fan_in), the convolution default of PyTorch.
 
@@ -37,8 +50,10 @@ def fan_in_uniform(fan_in: int):
     Returns:
       An initialiser `(key, shape, dtype) -> Array`.
     """
-    bound = 1 / math.sqrt(fan_in)
+    return _uniform(1 / math.sqrt(fan_in))
 
+
+def _uniform(bound):
     def init(key: PRNGKey, shape: Sequence[int], dtype=jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 

@@ -17,16 +17,20 @@ class LayerNorm(nn.Module):
       epsilon: added to the variance.
       dtype: of the output.
       use_bias: shift.
+      use_scale: scale.
     """
 
     epsilon: float = 1e-6
     dtype: str = "float32"
     use_bias: bool = True
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalise `x [..., d]`; returns the same shape in `dtype`."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        scale: Array | float = 1.0
+        if self.use_scale:
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias: Array | float = 0.0
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)

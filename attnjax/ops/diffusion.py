@@ -125,6 +125,28 @@ def q_sample(clean: Array, noise: Array, level: Array) -> Array:
     return level * clean + jnp.sqrt((1 - level) * (1 + level)) * noise
 
 
+def content_keys(seed: int, pixels: Array) -> PRNGKey:
+    """Return a key per picture, a function of the seed and of what is in the picture.
+
+    Noise drawn from it depends neither on the picture's place in a batch nor on the devices.
+
+    Args:
+      seed: any number.
+      pixels: uint8 `[b, ...]`.
+
+    Returns:
+      Typed keys `[b]`.
+    """
+    pixels_bp = pixels.reshape(pixels.shape[0], -1).astype(jnp.uint32)
+    # Odd weights that differ from place to place: shuffled pixels give another number. The sum of
+    # integers is the same in any order, so it is on any number of devices.
+    weight_p = (2 * jnp.arange(pixels_bp.shape[1], dtype=jnp.uint32) + 1) * jnp.uint32(
+        2_654_435_769
+    )
+    number_b = jnp.sum(pixels_bp * weight_p, axis=1, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number_b)
+
+
 class ReverseSteps(NamedTuple):
     """What the steps T, T - 1, .. 1 of a sampler multiply with; arrays `[T]` or, of one step, `[]`.
 

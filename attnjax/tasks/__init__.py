@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks bind a model, its loss and its metrics to the one contract the trainer knows."""
 
+from attnjax.tasks.class_diffusion import ClassDiffusion
 from attnjax.tasks.classification import Classification
 from attnjax.tasks.completion import Completion
 from attnjax.tasks.forecasting import Forecasting
@@ -13,6 +14,7 @@ from attnjax.tasks.super_resolution import SuperResolution
 from attnjax.tasks.task import Task
 
 __all__ = [
+    "ClassDiffusion",
     "Classification",
     "Completion",
     "Forecasting",

@@ -164,14 +164,7 @@ class SuperResolution(ModelTask):
 
     def _keys(self, low) -> PRNGKey:
         """Return a key per example, a function of the seed and the picture."""
-        pixels_bp = to_uint8(low).reshape(low.shape[0], -1).astype(jnp.uint32)
-        # Odd weights that differ from place to place: shuffled pixels give another number. The sum
-        # of integers is the same in any order, so it is on any number of devices.
-        weight_p = (2 * jnp.arange(pixels_bp.shape[1], dtype=jnp.uint32) + 1) * jnp.uint32(
-            2_654_435_769
-        )
-        number_b = jnp.sum(pixels_bp * weight_p, axis=1, dtype=jnp.uint32)
-        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), number_b)
+        return diffusion.content_keys(self.seed, to_uint8(low))
 
     def sample(self, params: Params, low: Array) -> Array:
         """Return high-resolution pictures, float32 `[b,y,x,c]` in [-1, 1], of `low`, likewise."""
