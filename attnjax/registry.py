@@ -68,6 +68,12 @@ SYSTEMS = {
             "attnjax.benchmarks.long_context.grid:Grid",
         ),
         System(
+            "moh",
+            "model",
+            "MoH: attention heads as experts, in ViT, DiT and decoders",
+            "attnjax.models.moh:MixtureOfHeadViT",
+        ),
+        System(
             "unified_long_sequence",
             "benchmark",
             "Unified view of long-sequence models: token mixers, context sweeps, speed and memory",

@@ -316,8 +316,8 @@ class MixtureOfHeadViT(nn.Module):
         return {"mean over places, last block": map_bs.reshape(-1, side, side)}
 
 
-FROZEN = ()
-"""Patterns of parameters that are not trained: none."""
+INERT = (r"^blocks_3_\d+/attention/position_bias/down/bias$",)
+"""Patterns of parameters that cannot change the output: among keys of one kind only, a constant."""
 
 
 def _names():

@@ -122,8 +122,9 @@ class Classification(ModelTask):
           step: unused; part of the contract.
 
         Returns:
-          Scalar float32 loss (NaN if a label is out of range), and `accuracy` against the labels
-          as they are: in mixed batches a lower bound of what the model knows.
+          Scalar float32 loss (NaN if a label is out of range), the model's own `penalty` included,
+          and `accuracy` against the labels as they are: in mixed batches a lower bound of what the
+          model knows; and what the model measures of itself.
         """
         del step
         mix_key, dropout_key = jax.random.split(key)
@@ -137,7 +138,9 @@ class Classification(ModelTask):
         output = self._apply(params, batch, train=True, rngs={"dropout": dropout_key})
         loss = jnp.mean(cross_entropy(output.logits, targets))
         hits = jnp.argmax(output.logits, axis=-1) == labels
-        return loss, {"accuracy": jnp.mean(hits.astype(jnp.float32))}
+        own = {name: x for name, x in output.aux.items() if x.ndim == 0}
+        loss = loss + own.pop("penalty", 0.0)
+        return loss, {"accuracy": jnp.mean(hits.astype(jnp.float32)), **own}
 
     def evaluate(self, params: Params, batch: Batch) -> dict[str, Metric]:
         """Return states of `accuracy`, `loss`, and where they apply `top<k>` and `confusion`.

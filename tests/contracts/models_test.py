@@ -112,6 +112,16 @@ COUNTS = {
         "llama_7b": 6_738_432_000,
         "tiny": 115_072,
     },
+    # Hand-checked against the released code's modules; TransNeXt has 49.7M and 89.7M.
+    "moh": {
+        "small_dense": 49_741_564,
+        "small_80": 49_910_548,
+        "small_75": 49_910_548,
+        "base_dense": 89_721_496,
+        "base_75": 90_020_632,
+        "base_50": 90_023_512,
+        "tiny": 57_274,
+    },
     "vit": {
         "tiny": 5_717_416,
         "small": 22_050_664,
