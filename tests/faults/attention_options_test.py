@@ -72,6 +72,20 @@ CALLS = {
     ),
 }  # fmt: skip
 
+FAMILIES = ("mask ", "bias ", "normalizer ", "statistic ")
+
+
+def quick_and_slow(names):
+    """Return all names; of every second member of a large family the test is a slow one."""
+    rank = dict.fromkeys(FAMILIES, 0)
+    for name in names:
+        family = next((x for x in FAMILIES if name.startswith(x)), None)
+        if family is not None:
+            rank[family] += 1
+        is_slow = family is not None and rank[family] % 2 == 0
+        yield pytest.param(name, marks=pytest.mark.slow) if is_slow else name
+
+
 SHAPES = {
     "plain": {},
     "multi-query": dict(k=1),
@@ -144,7 +158,7 @@ def check(implementation, case, options, names, expected):
         np.testing.assert_allclose(a[~hidden], b[~hidden], rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", quick_and_slow(CALLS))
 @pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "reference"])
 def test_options(implementation, name):
     names, options = CALLS[name]

@@ -211,6 +211,7 @@ def quick():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
 def test_two_steps_through_the_trainer(tmp_path, quick):
     """Latents from a file, guided samples, evaluation by what is recognised."""
     rng = np.random.default_rng(0)
