@@ -158,7 +158,7 @@ def check(implementation, case, options, names, expected):
         np.testing.assert_allclose(a[~hidden], b[~hidden], rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("name", quick_and_slow(CALLS))
+@pytest.mark.parametrize("name", list(quick_and_slow(CALLS)))
 @pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "reference"])
 def test_options(implementation, name):
     names, options = CALLS[name]
