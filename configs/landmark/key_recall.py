@@ -7,9 +7,9 @@ chunks that landmarks are read in, 32 tokens; causal, attention to everything.
 
 Run:     python -m launch.train --config=configs/landmark/key_recall.py:landmark --workdir=DIR
 Data:    generated, no network
-Cost:    about five minutes on two CPU cores
-Expect:  with landmarks blocks_32/exact_match 0.98 from seed 100, but 0.08 from seed 0, which needs
-         more steps (0.63 after 2,500); with a window not measured yet
+Cost:    five to ten minutes on two CPU cores
+Expect:  with landmarks blocks_32/exact_match 1.0, 0.57 and 0.97 (seeds 0, 1, 2), 1.0 after 3,000 steps
+         (seeds 0 and 102); with a window 0.24, what two layers of it reach
 """
 
 from attnjax.errors import RecipeError
