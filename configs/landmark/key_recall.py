@@ -8,8 +8,8 @@ chunks that landmarks are read in, 32 tokens; causal, attention to everything.
 Run:     python -m launch.train --config=configs/landmark/key_recall.py:landmark --workdir=DIR
 Data:    generated, no network
 Cost:    five to ten minutes on two CPU cores
-Expect:  with landmarks blocks_32/exact_match 1.0, 0.57 and 0.97 (seeds 0, 1, 2), 1.0 after 3,000 steps
-         (seeds 0 and 102); with a window 0.24, what two layers of it reach
+Expect:  with landmarks blocks_32/exact_match 1.0, 0.57 and 0.97 (seeds 0, 1, 2), 1.0 after 3,000
+         steps (seeds 0 and 102); with a window 0.24, what two layers of it reach
 """
 
 from attnjax.errors import RecipeError
