@@ -138,7 +138,7 @@ class Classification(ModelTask):
         output = self._apply(params, batch, train=True, rngs={"dropout": dropout_key})
         loss = jnp.mean(cross_entropy(output.logits, targets))
         hits = jnp.argmax(output.logits, axis=-1) == labels
-        own = {name: x for name, x in output.aux.items() if x.ndim == 0}
+        own = {name: x for name, x in getattr(output, "aux", {}).items() if x.ndim == 0}
         loss = loss + own.pop("penalty", 0.0)
         return loss, {"accuracy": jnp.mean(hits.astype(jnp.float32)), **own}
 
