@@ -24,6 +24,7 @@ from attnjax.ops.head_routing import (
     mixture_gates,
     query_gates,
 )
+from attnjax.ops.mask import Mask
 from attnjax.recipe import check_arguments
 from attnjax.registry import nearest
 from attnjax.typing import Array
@@ -163,22 +164,62 @@ def mix_heads(
     Returns:
       What `nn.attend` returns, its heads weighed; and the share of choices without a place.
     """
-    shared, (_, t, n, _) = mixture.shared, query.shape
     if mixture.compute == "dense" or not mixture.top_k or options:
         result = attend(query, key, value, implementation=implementation, **options)
         dropped = jnp.zeros((), jnp.float32)
         if dataclasses.is_dataclass(result):
             return dataclasses.replace(result, out=weigh_heads(result.out, gates)), dropped
         return weigh_heads(result, gates), dropped
-    capacity = head_capacity(t, n - shared, mixture.top_k, mixture.capacity)
-    always, routed = ([x[:, :, part] for x in (query, key, value)]
-                      for part in (slice(shared), slice(shared, None)))  # fmt: skip
-    out, dropped = attend_chosen(
-        *routed, gates.chosen[:, :, shared:], capacity=capacity, implementation=implementation
-    )
-    if shared:
-        out = jnp.concatenate([attend(*always, implementation=implementation), out], axis=2)
+    out, dropped = attend_sparsely(query, key, value, gates, mixture, implementation=implementation)
     return weigh_heads(out, gates), dropped
+
+
+def attend_sparsely(
+    query: Array,
+    key: Array,
+    value: Array,
+    gates: HeadGates,
+    mixture: HeadMixture,
+    *,
+    mask: Mask | None = None,
+    bounds: tuple[Array, Array] | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """Attend with shared heads from all tokens, with the others from those that chose them.
+
+    Args:
+      query: `[b,t,n,h]`.
+      key, value: `[b,s,k,h]`; k divides n.
+      gates: of the n heads.
+      mixture: the numbers they were made with.
+      mask: what queries see; None: everything.
+      bounds: the same for the routed heads, `first` and `last` of `ops.head_routing.attend_chosen`.
+      implementation: passed to `nn.attend`.
+
+    Returns:
+      `[b,t,n,h]`, heads not weighed, and the share of choices without a place.
+    """
+    shared, (_, t, n, _) = mixture.shared, query.shape
+    group = n // key.shape[2]
+
+    def part(begin, end):
+        """Heads from one to another; those that share keys stay together where that is possible."""
+        if begin % group or end % group:
+            own = [jnp.repeat(x, group, axis=2)[:, :, begin:end] for x in (key, value)]
+        else:
+            own = [x[:, :, begin // group : end // group] for x in (key, value)]
+        return query[:, :, begin:end], *own
+
+    first, last = bounds or (None, None)
+    out, dropped = attend_chosen(
+        *part(shared, n), gates.chosen[:, :, shared:], first=first, last=last,
+        capacity=head_capacity(t, n - shared, mixture.top_k, mixture.capacity),
+        implementation=implementation,
+    )  # fmt: skip
+    if shared:
+        always = attend(*part(0, shared), mask=mask, implementation=implementation)
+        out = jnp.concatenate([always, out], axis=2)
+    return out, dropped
 
 
 class MixtureAttention(RotaryAttention):
@@ -214,8 +255,15 @@ class MixtureAttention(RotaryAttention):
         gates = HeadRouter(n, mixture, name="router")(x, query, valid)
         dropped = jnp.zeros((), jnp.float32)
         if mixture.compute == "sparse" and cache is None and mixture.top_k:
-            turned = self.turn(query, positions), self.turn(key, positions)
-            out, dropped = self._attend_chosen(*turned, value, gates, segments)
+            place = jnp.arange(t, dtype=jnp.int32)[None]
+            first = jnp.zeros_like(place) if segments is None else place - starts(segments)
+            if self.window is not None:
+                first = jnp.maximum(first, place - self.window + 1)
+            out, dropped = attend_sparsely(
+                self.turn(query, positions), self.turn(key, positions), value, gates, mixture,
+                mask=self._mask(segments), bounds=(first, place + 1),
+                implementation=self.implementation,
+            )  # fmt: skip
         else:
             out, cache, _ = self.mix(query, key, value, positions, segments, lengths, cache)
         measures = {
@@ -224,30 +272,3 @@ class MixtureAttention(RotaryAttention):
             "dropped": dropped,
         }
         return weigh_heads(out, gates), cache, measures
-
-    def _attend_chosen(self, query, key, value, gates, segments):
-        mixture, (_, t, n, _), k = self.mixture, query.shape, key.shape[2]
-        place = jnp.arange(t, dtype=jnp.int32)[None]
-        first = jnp.zeros_like(place) if segments is None else place - starts(segments)
-        if self.window is not None:
-            first = jnp.maximum(first, place - self.window + 1)
-        bounds = {"first": first, "last": place + 1, "implementation": self.implementation}
-        shared = mixture.shared
-        capacity = head_capacity(t, n - shared, mixture.top_k, mixture.capacity)
-        parts, dropped = [], jnp.zeros((), jnp.float32)
-        # Heads that share keys stay together where the border between both kinds allows it.
-        group = n // k
-        for begin, end, places in ((0, shared, t), (shared, n, capacity)):
-            if begin == end:
-                continue
-            if begin % group or end % group:
-                own = lambda x, b=begin, e=end: jnp.repeat(x, group, axis=2)[:, :, b:e]
-            else:
-                own = lambda x, b=begin, e=end: x[:, :, b // group : e // group]
-            out, lost = attend_chosen(
-                query[:, :, begin:end], own(key), own(value), gates.chosen[:, :, begin:end],
-                capacity=places, **bounds,
-            )  # fmt: skip
-            parts.append(out)
-            dropped = dropped + lost  # Shared heads have places for all.
-        return jnp.concatenate(parts, axis=2), dropped
