@@ -20,7 +20,7 @@ from attnjax.metrics import Mean, Metric, to_uint8
 from attnjax.metrics.samples import MEASURES, SampleQuality
 from attnjax.ops import diffusion
 from attnjax.ops import learned_variance as variance
-from attnjax.tasks.model_task import ModelTask
+from attnjax.tasks.model_task import ModelTask, check_labels, check_picture, row_name
 from attnjax.typing import Array, Batch, Params, PRNGKey
 
 INPUTS = ("noisy", "time", "label")
@@ -125,25 +125,14 @@ class ClassDiffusion(ModelTask):
           RecipeError: names the entry, and what it holds.
         """
         self.check_names(batch)
-        image, expected = np.asarray(batch["image"]), self.example(1)["image"]
-        if image.shape[1:] != expected.shape[1:] or image.dtype != expected.dtype:
-            raise RecipeError(
-                f"'image' is {image.dtype}{list(image.shape)}, but the model expects "
-                f"{expected.dtype}[b, {', '.join(map(str, expected.shape[1:]))}]"
-            )
-        labels, classes = np.asarray(batch["label"]), int(self.model.num_classes)
-        if labels.shape != image.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-            raise RecipeError(f"label must be [b] integers, not {labels.dtype}{list(labels.shape)}")
-        wrong = (labels < 0) | (labels >= classes)
+        image, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
+        check_picture("image", image, self.example(1)["image"])
+        check_labels(batch, int(self.model.num_classes))
+        if len(labels) != len(image):
+            raise RecipeError(f"{len(labels)} labels for {len(image)} pictures")
         infinite = ~np.isfinite(image).all(axis=(1, 2, 3))
-        row = int(np.argmax(wrong | infinite))
-        where = f"example {int(batch['index'][row])}" if "index" in batch else f"row {row}"
-        if wrong.any() and wrong[row]:
-            raise RecipeError(
-                f"label {int(labels[row])} of {where} is outside 0 to {classes - 1}: "
-                f"model.num_classes={classes} does not fit this data"
-            )
         if infinite.any():
+            where = row_name(batch, int(np.argmax(infinite)))
             raise RecipeError(f"'image' of {where} holds NaN or infinity")
 
     def init(self, key: PRNGKey, batch: Mapping[str, Any]) -> Params:

@@ -12,7 +12,7 @@ from attnjax.errors import RecipeError
 from attnjax.losses import cross_entropy, soft_targets
 from attnjax.metrics import Accuracy, ConfusionMatrix, Mean, Metric, TopK
 from attnjax.tasks.mixing import mix
-from attnjax.tasks.model_task import ModelTask
+from attnjax.tasks.model_task import ModelTask, check_labels
 from attnjax.typing import Array, Batch, Params, PRNGKey
 
 CONFUSION_CLASSES = 100
@@ -92,23 +92,8 @@ class Classification(ModelTask):
           RecipeError: names the entry, or the label and its example.
         """
         self.check_names(batch)
-        labels, classes = np.asarray(batch["label"]), int(self.model.num_classes)
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-            raise RecipeError(
-                f"label must be [b] integers, not {labels.dtype} of shape {labels.shape}"
-            )
-        wrong = (labels < 0) | (labels >= classes)
-        if "valid" in batch:
-            wrong &= np.asarray(batch["valid"])
-        if wrong.any():
-            first = int(np.argmax(wrong))
-            example = (
-                f"example {int(batch['index'][first])}" if "index" in batch else f"row {first}"
-            )
-            raise RecipeError(
-                f"label {int(labels[first])} of {example} is outside 0 to {classes - 1}: "
-                f"model.num_classes={classes} does not fit this data"
-            )
+        counts = np.asarray(batch["valid"]) if "valid" in batch else True
+        check_labels(batch, int(self.model.num_classes), counts)
 
     def loss(
         self, params: Params, batch: Batch, key: PRNGKey, step: Array | int

@@ -15,7 +15,7 @@ from attnjax.metrics import Mean, Metric
 from attnjax.metrics.language import BitsPerByte, Perplexity
 from attnjax.nn.pattern_attention import RANDOM
 from attnjax.parallel.constrain import constrain, gather
-from attnjax.tasks.model_task import ModelTask
+from attnjax.tasks.model_task import ModelTask, row_name
 from attnjax.typing import Array, Batch, Params, PRNGKey
 
 INIT_LENGTH = 8
@@ -48,7 +48,7 @@ def check_vocabulary(batch: Mapping[str, Any], name: str, size: int) -> None:
     wrong = (tokens < 0) | (tokens >= size)
     if wrong.any():
         row, place = (int(i[0]) for i in np.nonzero(wrong))
-        where = f"example {int(batch['index'][row])}" if "index" in batch else f"row {row}"
+        where = row_name(batch, row)
         which = "token" if name == "tokens" else f"{name} token"
         raise RecipeError(
             f"{which} {int(tokens[row, place])} at place {place} of {where} is outside 0 to "

@@ -118,10 +118,8 @@ class LongLanguageModelling(LanguageModelling):
             is_cut_ltbn = of_tokens(seen.miss_share) < self.options["miss_cutoff"]
             counts = lambda x_ltbn: jnp.sum(x_ltbn, axis=(0, 3), dtype=jnp.float32).swapaxes(0, 1)
             looks_ltbn = jnp.broadcast_to(looks_ltbn, is_cut_ltbn.shape)
-            measures["looks"], measures["cut"] = (
-                counts(looks_ltbn),
-                counts(looks_ltbn & is_cut_ltbn),
-            )
+            measures["looks"] = counts(looks_ltbn)
+            measures["cut"] = counts(looks_ltbn & is_cut_ltbn)
         return measures
 
     def _hidden(self, params, tokens, segments, **options):

@@ -16,6 +16,47 @@ TRAIN_TO_FORWARD = 3.0
 """The backward pass does twice the forward work; recomputation does not count as useful work."""
 
 
+def row_name(batch: Mapping[str, Any], row: int) -> str:
+    """Return what to call a row of a host batch: by the example's index where that is known."""
+    return f"example {int(batch['index'][row])}" if "index" in batch else f"row {row}"
+
+
+def check_picture(name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct) -> None:
+    """Refuse pictures of another size or dtype than the model's; their number does not matter.
+
+    Raises:
+      RecipeError: names the entry, and both shapes and dtypes.
+    """
+    if array.shape[1:] != expected.shape[1:] or array.dtype != expected.dtype:
+        raise RecipeError(
+            f"{name!r} is {array.dtype}{list(array.shape)}, but the model expects "
+            f"{expected.dtype}[b, {', '.join(map(str, expected.shape[1:]))}]"
+        )
+
+
+def check_labels(batch: Mapping[str, Any], classes: int, counts: np.ndarray | bool = True) -> None:
+    """Refuse the `label` of a host batch unless they are integers `[b]` of known classes.
+
+    Args:
+      batch: with `label`.
+      classes: their number.
+      counts: bool `[b]`, rows whose label matters; all by default.
+
+    Raises:
+      RecipeError: names dtype and shape, or the label and its example.
+    """
+    labels = np.asarray(batch["label"])
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise RecipeError(f"label must be [b] integers, not {labels.dtype} of shape {labels.shape}")
+    wrong = ((labels < 0) | (labels >= classes)) & counts
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        raise RecipeError(
+            f"label {int(labels[first])} of {row_name(batch, first)} is outside 0 to "
+            f"{classes - 1}: model.num_classes={classes} does not fit this data"
+        )
+
+
 class ModelTask:
     """A model and the names of what it reads. Subclasses add loss, metrics and predictions.
 

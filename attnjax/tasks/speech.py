@@ -26,7 +26,7 @@ from attnjax.metrics import Mean, Metric
 from attnjax.metrics.speech import mel_cepstral_distortion, mel_spectral_distortion
 from attnjax.nn.pattern_attention import RANDOM
 from attnjax.nn.speech import PRENET
-from attnjax.tasks.model_task import ModelTask
+from attnjax.tasks.model_task import ModelTask, row_name
 from attnjax.typing import Array, Batch, Params, PRNGKey
 
 LOUDEST = 12.0
@@ -118,7 +118,7 @@ class SpeechTask(ModelTask):
         ):  # fmt: skip
             if wrong.any():
                 row = int(np.argmax(wrong))
-                where = f"example {int(batch['index'][row])}" if "index" in batch else f"row {row}"
+                where = row_name(batch, row)
                 raise RecipeError(f"{where} has {what}")
 
     def normal(self, mel: Array) -> Array:

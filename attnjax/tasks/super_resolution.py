@@ -18,7 +18,7 @@ from attnjax.errors import RecipeError
 from attnjax.metrics import Mean, Metric, psnr, ssim, to_uint8
 from attnjax.nn.pattern_attention import RANDOM
 from attnjax.ops import diffusion
-from attnjax.tasks.model_task import ModelTask
+from attnjax.tasks.model_task import ModelTask, check_picture, row_name
 from attnjax.typing import Array, Batch, Params, PRNGKey
 
 INPUTS = ("noisy", "low", "noise_level")
@@ -111,19 +111,15 @@ class SuperResolution(ModelTask):
         self.check_names(batch)
         for name, expected in self.example(1).items():
             array = np.asarray(batch[name])
-            if array.shape[1:] != expected.shape[1:] or array.dtype != expected.dtype:
-                raise RecipeError(
-                    f"{name!r} is {array.dtype}{list(array.shape)}, but the model expects "
-                    f"{expected.dtype}[b, {', '.join(map(str, expected.shape[1:]))}]"
-                )
+            check_picture(name, array, expected)
             # Written so that NaN is out of range.
             wrong = ~(np.abs(array) <= RANGE).all(axis=(1, 2, 3))
             if wrong.any():
                 row = int(np.argmax(wrong))
-                where = f"example {int(batch['index'][row])}" if "index" in batch else f"row {row}"
                 raise RecipeError(
-                    f"{name!r} of {where} holds {float(np.abs(array[row]).max())}: pixels must be "
-                    "in [-1, 1]; use the pipeline picture_pairs"
+                    f"{name!r} of {row_name(batch, row)} holds "
+                    f"{float(np.abs(array[row]).max())}: pixels must be in [-1, 1]; use the "
+                    "pipeline picture_pairs"
                 )
 
     def init(self, key: PRNGKey, batch: Mapping[str, Any]) -> Params:

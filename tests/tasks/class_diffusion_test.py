@@ -203,14 +203,6 @@ def test_keys_come_from_pictures():
     assert not data(diffusion.content_keys(1, pixels)) & keys
 
 
-@pytest.fixture
-def quick():
-    """Compile everything without optimising it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow
 def test_two_steps_through_the_trainer(tmp_path, quick):
     """Latents from a file, guided samples, evaluation by what is recognised."""

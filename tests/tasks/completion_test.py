@@ -99,14 +99,6 @@ def test_recipe_of_pcn_is_the_published_one(variant):
     assert (model.points, model.completed) == (2_048, 16_384)
 
 
-@pytest.fixture
-def quick():
-    """Compiling well takes longer than two steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow
 def test_two_steps_of_the_shipped_recipe(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(

@@ -96,14 +96,6 @@ def test_learning_rate_is_halved_as_in_the_release():
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
-@pytest.fixture
-def quick():
-    """Compiling well takes longer than two steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_two_steps_of_the_shipped_recipe(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(
         "attnjax.train.loop.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1])

@@ -131,14 +131,6 @@ def test_metrics_of_a_batch():
         assert merged[name] == pytest.approx(value, rel=1e-5), name
 
 
-@pytest.fixture
-def quick():
-    """Compile everything without optimising it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_two_steps_through_the_trainer(tmp_path, quick):
     """Folders of pictures, local attention between their pixels, evaluation by samples."""
     rng = np.random.default_rng(0)
