@@ -393,7 +393,7 @@ class Landmark(nn.Module):
                 f"model.window={self.window}: attention 'window' and 'recurrent' need one of at "
                 "least 1, others none"
             )
-        if LandmarkOptions.of(self.landmarks) != LandmarkOptions() and not self.has_landmarks:
+        if self.options != LandmarkOptions() and not self.has_landmarks:
             raise RecipeError(
                 f"model.landmarks={self.landmarks}: attention={self.attention!r} has no landmarks"
             )
@@ -403,6 +403,11 @@ class Landmark(nn.Module):
                 f"model.table={table}: must be rows and a landmark below them, from "
                 f"vocab_size={self.vocab_size} on"
             )
+
+    @property
+    def options(self) -> LandmarkOptions:
+        """What is done to landmarks in training."""
+        return LandmarkOptions.of(self.landmarks)
 
     @property
     def rows(self) -> int:
@@ -426,13 +431,13 @@ class Landmark(nn.Module):
 
     def setup(self):
         self.embed = TokenTable(self.rows, self.width, self.dtype)
-        options = LandmarkOptions.of(self.landmarks)
-        if options.context_miss is not None:
+        if self.options.context_miss is not None:
             self.miss = TokenTable(1, self.width, self.dtype)
         fields = {
             "num_heads": self.num_heads, "attention": self.attention, "block": self.block + 1,
-            "window": self.window, "style": self.style, "options": options, "depth": self.depth,
-            "dtype": self.dtype, "implementation": self.attention_implementation,
+            "window": self.window, "style": self.style, "options": self.options,
+            "depth": self.depth, "dtype": self.dtype,
+            "implementation": self.attention_implementation,
         }  # fmt: skip
         layer = LandmarkLayer
         if REMATS[self.remat] is not None:
@@ -451,8 +456,7 @@ class Landmark(nn.Module):
             self.head = Kernel((self.width, self.rows))
 
     def _streams(self, tape):
-        options = LandmarkOptions.of(self.landmarks)
-        has_miss = options.context_miss is not None
+        has_miss = self.options.context_miss is not None
         return self.embed(tape), self.miss(jnp.zeros((1, 1), jnp.int32)) if has_miss else None
 
     def __call__(
@@ -488,9 +492,10 @@ class Landmark(nn.Module):
                 "landmarks: documents of one text see each other; no segments"
             )
         tape_bm = insert(tokens, self.block, self.landmark) if self.has_landmarks else tokens
-        most, positions = LandmarkOptions.of(self.landmarks).jump, None
-        if most and train:
-            positions = jump(self.make_rng(RANDOM), tape_bm.shape, self.block, most)
+        positions = None
+        if self.options.jump and train:
+            key = self.make_rng(RANDOM)
+            positions = jump(key, tape_bm.shape, self.block, self.options.jump)
         (x_bmd, _), _ = self.layers(self._streams(tape_bm), None, positions, Reading(), train)
         hidden_bmd = self.norm(x_bmd)
         return (strip(hidden_bmd, self.block) if self.has_landmarks else hidden_bmd), {}

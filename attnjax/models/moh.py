@@ -7,7 +7,6 @@ each of which halves the picture; without numbers of heads it is plain TransNeXt
 a decoder: presets `moh_s`, `moh_b` and `moh_llama3_8b` of `decoder`.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +18,11 @@ import jax.numpy as jnp
 from attnjax.errors import RecipeError
 from attnjax.nn.aggregated_attention import HIDDEN, WINDOW, AggregatedAttention, ConvolutionalGlu
 from attnjax.nn.attention import CAPTURE
-from attnjax.nn.blocks import drop_path
+from attnjax.nn.blocks import drop_branch
 from attnjax.nn.head_mixture import HeadMixture
+from attnjax.nn.initializers import fan_out_normal
 from attnjax.nn.norm import LayerNorm
+from attnjax.nn.stack import check_image
 from attnjax.nn.text import REMATS
 from attnjax.parallel.constrain import constrain
 from attnjax.registry import nearest
@@ -84,10 +85,6 @@ class Output:
     aux: dict[str, Array]
 
 
-def _fan_out(side: int, width: int):
-    return nn.initializers.normal(math.sqrt(2 / (side * side * width)))
-
-
 class Block(nn.Module):
     """x <- x + attention(norm(x)); x <- x + glu(norm(x)), branches dropped per example in training.
 
@@ -109,15 +106,11 @@ class Block(nn.Module):
         branch, measures = AggregatedAttention(**fields, name="attention")(
             normal("attention_norm", x)
         )
-        x = constrain(x + self._drop(branch, train), "batch", "sequence", None)
+        drop = lambda branch: drop_branch(self, branch, self.rate, train)
+        x = constrain(x + drop(branch), "batch", "sequence", None)
         glu = ConvolutionalGlu(self.hidden, fields["grid"], fields["dtype"], TRUNCATED, name="mlp")
         branch = glu(normal("mlp_norm", x))
-        return constrain(x + self._drop(branch, train), "batch", "sequence", None), measures
-
-    def _drop(self, branch, train):
-        if not (train and self.rate):
-            return branch
-        return drop_path(self.make_rng("dropout"), branch, self.rate)
+        return constrain(x + drop(branch), "batch", "sequence", None), measures
 
 
 class MixtureOfHeadViT(nn.Module):
@@ -200,6 +193,14 @@ class MixtureOfHeadViT(nn.Module):
         """Return the places along a side of a stage's grid."""
         return self.image_size // 4 // 2**stage
 
+    def pool(self, stage: int) -> int:
+        """Return the places along a side of a stage's pooled keys."""
+        return max(self.grid(stage) // POOLS[stage], 1)
+
+    def hidden(self, stage: int) -> int:
+        """Return the hidden width of a stage's gated convolutions."""
+        return 2 * self.widths[stage] * self.ratios[stage] // 3
+
     def activated(self) -> float:
         """Return the share of heads that work for a token, over all layers."""
         working = self.num_heads
@@ -219,21 +220,20 @@ class MixtureOfHeadViT(nn.Module):
             stems.append(
                 nn.Conv(
                     width, (side, side), (stride, stride), padding=side // 2, dtype=self.dtype,
-                    kernel_init=_fan_out(side, width),
+                    kernel_init=fan_out_normal(side * side * width),
                 )
             )  # fmt: skip
             stem_norms.append(LayerNorm(1e-5, self.dtype))
-            grid, pool = self.grid(stage), max(self.grid(stage) // POOLS[stage], 1)
+            grid, pool = self.grid(stage), self.pool(stage)
             fields = {
                 "num_heads": self.num_heads[stage], "grid": (grid, grid), "pool": (pool, pool),
                 "mixture": mixtures[stage], "depth": max(routing, 1), "dtype": self.dtype,
                 "implementation": self.attention_implementation, "kernel_init": TRUNCATED,
             }  # fmt: skip
-            hidden = 2 * width * self.ratios[stage] // 3
             layers = []
             for _ in range(self.depths[stage]):
                 rate = self.drop_path * number / max(total - 1, 1)
-                layers.append(block(hidden, rate, tuple(fields.items())))
+                layers.append(block(self.hidden(stage), rate, tuple(fields.items())))
                 number += 1
             blocks.append(layers)
             norms.append(LayerNorm(EPSILON, self.dtype))
@@ -253,9 +253,7 @@ class MixtureOfHeadViT(nn.Module):
         Raises:
           ValueError: the images have another shape.
         """
-        expected = self.example(1)["image"].shape[1:]
-        if image.shape[1:] != expected:
-            raise ValueError(f"image {image.shape}: must be [b, {', '.join(map(str, expected))}]")
+        check_image(image, self.example(1)["image"])
         x, losses, penalty = image.astype(self.dtype), [], jnp.zeros((), jnp.float32)
         for stage, mixture in enumerate(self.mixtures()):
             x = self.stems[stage](x)
@@ -287,11 +285,10 @@ class MixtureOfHeadViT(nn.Module):
         """
         total, channels = 2.0 * self.widths[-1] * self.num_classes, CHANNELS
         for stage, ((side, _), d) in enumerate(zip(STEMS, self.widths, strict=True)):
-            t, pool = self.grid(stage) ** 2, max(self.grid(stage) // POOLS[stage], 1) ** 2
+            t, pool, hidden = self.grid(stage) ** 2, self.pool(stage) ** 2, self.hidden(stage)
             total += 2.0 * t * side * side * channels * d
-            hidden = 2 * d * self.ratios[stage] // 3
             block = t * (4 * d * d + 3 * d * hidden + 9 * hidden) + 2 * t * pool * d
-            if POOLS[stage] > 1 and self.grid(stage) > 1:
+            if pool != t:
                 # The pooled branch, the window's scores and values, and its learnt tokens.
                 block += t * d * d + 2 * pool * d * d + 4 * t * WINDOW**2 * d
             block += HIDDEN * self.num_heads[stage] * t

@@ -21,7 +21,7 @@ from attnjax.nn.embed import PatchEmbed
 from attnjax.nn.initializers import LINEAR, TABLE
 from attnjax.nn.norm import LayerNorm
 from attnjax.nn.pattern_attention import choose_attention
-from attnjax.nn.stack import stack_flops, transformer_stack
+from attnjax.nn.stack import check_image, stack_flops, transformer_stack
 from attnjax.nn.text import REMATS
 from attnjax.nn.vision import fit_positions
 from attnjax.ops.efficient import PatternAttention
@@ -164,9 +164,7 @@ class ViT(nn.Module):
         Raises:
           ValueError: the images have another shape.
         """
-        expected = self.example(1)["image"].shape[1:]
-        if image.shape[1:] != expected:
-            raise ValueError(f"image {image.shape}: must be [b, {', '.join(map(str, expected))}]")
+        check_image(image, self.example(1)["image"])
         x_btd = self.stem(image)
         if self.pool == "token":
             cls_b1d = jnp.broadcast_to(

@@ -16,7 +16,7 @@ import numpy as np
 from attnjax.nn.attend import attend
 from attnjax.nn.attention import CAPTURE, Projection
 from attnjax.nn.head_mixture import HeadMixture, HeadRouter, weigh_heads
-from attnjax.nn.initializers import LINEAR
+from attnjax.nn.initializers import LINEAR, fan_out_normal
 from attnjax.nn.norm import LayerNorm
 from attnjax.ops.attention import attention
 from attnjax.ops.merge import merge_partials
@@ -198,7 +198,7 @@ class AggregatedAttention(nn.Module):
 
     def _pool(self, x):
         (b, _, d), (height, width) = x.shape, self.grid
-        mixed = nn.Dense(d, dtype=self.dtype, kernel_init=_fan_out(d), name="reduce")(x)
+        mixed = nn.Dense(d, dtype=self.dtype, kernel_init=fan_out_normal(d), name="reduce")(x)
         mixed = nn.gelu(mixed, approximate=False).reshape(b, height, width, d)
         rows, columns = (pooled_axis(s, p) for s, p in zip(self.grid, self.pool, strict=True))
         pooled = jnp.einsum("byxd,py,qx->bpqd", mixed, rows, columns)
@@ -212,11 +212,6 @@ class AggregatedAttention(nn.Module):
         loss = gates.balance_loss
         measures = {"balance_loss": loss, "penalty": self.mixture.balance * loss / self.depth}
         return weigh_heads(out, gates), measures
-
-
-def _fan_out(width: int):
-    """He's initial values for the outputs of a 1 x 1 convolution."""
-    return nn.initializers.normal(math.sqrt(2 / width))
 
 
 class DepthwiseConv(nn.Module):
@@ -235,9 +230,8 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Map `x [b, y, x, f]` to the same shape."""
         f, (height, width) = x.shape[-1], x.shape[1:3]
-        # He's deviation for the outputs of a channel: its nine taps.
-        init = nn.initializers.normal(math.sqrt(2 / WINDOW**2))
-        kernel = self.param("kernel", init, (WINDOW, WINDOW, 1, f), jnp.float32)
+        init, shape = fan_out_normal(WINDOW**2), (WINDOW, WINDOW, 1, f)
+        kernel = self.param("kernel", init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (f,), jnp.float32)
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         kernel = kernel.astype(self.dtype)

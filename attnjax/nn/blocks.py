@@ -45,6 +45,16 @@ def drop_path(key: PRNGKey, x: Array, rate: float) -> Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
+def drop_branch(module: nn.Module, branch: Array, rate: float, train: bool) -> Array:
+    """Return a module's residual branch `[b, ...]`, of which training drops whole examples.
+
+    See `drop_path`, with the module's "dropout" key.
+    """
+    if not (train and rate):
+        return branch
+    return drop_path(module.make_rng("dropout"), branch, rate)
+
+
 class Mlp(nn.Module):
     """Linear, nonlinearity, linear, back to the input's width.
 
@@ -117,12 +127,8 @@ class EncoderBlock(nn.Module):
         normal_btd = LayerNorm(self.epsilon, self.dtype, name="attention_norm")(x)
         branch_btd = attend(normal_btd, train=train)
         branch_btd = nn.Dropout(self.dropout, deterministic=not train)(branch_btd)
-        x = constrain(x + self._drop_path(branch_btd, train), "batch", "sequence", None)
+        drop = lambda branch_btd: drop_branch(self, branch_btd, self.drop_path, train)
+        x = constrain(x + drop(branch_btd), "batch", "sequence", None)
         normal_btd = LayerNorm(self.epsilon, self.dtype, name="mlp_norm")(x)
         branch_btd = mlp(normal_btd, train=train)
-        return constrain(x + self._drop_path(branch_btd, train), "batch", "sequence", None)
-
-    def _drop_path(self, branch_btd, train):
-        if not (train and self.drop_path):
-            return branch_btd
-        return drop_path(self.make_rng("dropout"), branch_btd, self.drop_path)
+        return constrain(x + drop(branch_btd), "batch", "sequence", None)

@@ -28,6 +28,18 @@ def residual(depth: int):
     return jax.nn.initializers.normal(0.02 / math.sqrt(2 * depth))
 
 
+def fan_out_normal(fan_out: int):
+    """Return an initialiser normal with variance 2 / fan_out (He et al., arXiv 1502.01852, Eq. 14).
+
+    Args:
+      fan_out: outputs that one input of a convolution reaches: taps times channels of its group.
+
+    Returns:
+      An initialiser `(key, shape, dtype) -> Array`.
+    """
+    return jax.nn.initializers.normal(math.sqrt(2 / fan_out))
+
+
 def xavier_uniform(fan_in: int, fan_out: int):
     """Return an initialiser uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010).
 

@@ -239,6 +239,17 @@ def check_tokens(**arrays: Array | None) -> None:
             )
 
 
+def check_image(image: Array, expected: Array | jax.ShapeDtypeStruct) -> None:
+    """Refuse images of other sizes than an example's; their number does not matter.
+
+    Raises:
+      ValueError: names both shapes.
+    """
+    sizes = expected.shape[1:]
+    if image.shape[1:] != sizes:
+        raise ValueError(f"image {image.shape}: must be [b, {', '.join(map(str, sizes))}]")
+
+
 def check_length(name: str, tokens: Array, length: int) -> None:
     """Refuse tokens `[b, t]` for which there are too few positions.
 
